@@ -1,0 +1,44 @@
+# Every target sets up what it needs, from nothing. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.eosin-installed
+THREADS := OMP_NUM_THREADS=1
+
+.PHONY: help setup demo test test-all check format clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## a virtual environment with eosin in it (CPU build of torch where there is no NVIDIA driver)
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "eosin needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	links=$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || $(BIN)/python -m pip config get :env:.find-links 2>/dev/null || true); \
+	cpu=$$(command -v nvidia-smi >/dev/null || echo "-c constraints-cpu.txt"); \
+	$(BIN)/uv pip install --python $(BIN)/python $${links:+--find-links "$$links"} $$cpu -e '.[dev]'
+	touch $@
+
+demo: setup  ## slides, tiles, shards, training, probes, report: runs/demo/report.html
+	$(BIN)/eosin demo
+
+test: setup  ## the tests (no network, no GPU)
+	$(THREADS) $(BIN)/pytest -q -n 2 -m "not slow and not gpu"
+
+test-all: test  ## the tests and the long campaigns; GPU tests where there is one
+	$(THREADS) $(BIN)/pytest -q -n 2 -m "slow or gpu"
+
+check: setup  ## format, lint, types
+	mkdir -p .cache && ln -sfn .. .cache/eosin
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup  ## rewrite the files as `check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what setup and the runs made
+	rm -rf $(VENV) .cache build *.egg-info runs

@@ -1,0 +1,1 @@
+"""Typed configuration: dataclass defaults, YAML files, `key.sub=value` overrides."""

@@ -1,0 +1,27 @@
+"""Errors that are for people: one line that says what, where, and what to do.
+
+The command prints the message alone and exits with `exit_code`; a traceback is shown only with
+`--debug`.
+"""
+
+
+class EosinError(Exception):
+    """Base of every error that a user can mend. Exit code 1: the work failed."""
+
+    exit_code = 1
+
+
+class ConfigError(EosinError):
+    """Bad usage or configuration. Exit code 2."""
+
+    exit_code = 2
+
+
+class InputError(EosinError):
+    """An input file, folder or table that cannot be used as asked. Exit code 2."""
+
+    exit_code = 2
+
+
+class TooManyFailedError(EosinError):
+    """More slides or tiles failed than `max_failed` allows; all others are finished and kept."""

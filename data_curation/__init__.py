@@ -1,0 +1,1 @@
+"""Slides to tiles to shards, and everything that chooses among them."""

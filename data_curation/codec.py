@@ -1,0 +1,148 @@
+"""Encoded tiles: JPEG and PNG, strictly decoded, and nothing else.
+
+A tile that decodes only "somehow" (truncated, with a broken stream) would be trained on as grey
+bands, so every warning of the decoder is an error here. The bytes of an existing image are never
+changed; whatever metadata it carries (EXIF, comments) stays in it.
+"""
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageFile
+
+from eosin.configs.errors import EosinError
+
+MAX_PIXELS = 1 << 26
+"""Pixels that a tile image may have (8192 × 8192); more is taken for a decompression bomb."""
+
+MAX_BYTES = 4 * MAX_PIXELS
+"""Bytes that an encoded tile image may have: 8-bit RGBA without any compression."""
+
+_JPEG_START = b"\xff\xd8\xff"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+_METADATA = {"exif", "comment", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+
+
+class ImageError(EosinError):
+    """An image that cannot be used as a tile; the message is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTile:
+    """The bytes of one tile image and what is known of them after a full decode."""
+
+    data: bytes
+    suffix: str
+    """``jpg`` or ``png``, by the content."""
+    width_px: int
+    height_px: int
+    has_metadata: bool
+    """Whether EXIF, XMP, text or a comment is inside: a place where names of patients hide."""
+
+
+def encode_tile(pixels: NDArray[np.uint8], quality: int) -> EncodedTile:
+    """Encodes RGB `pixels` [H, W, 3] as baseline JPEG 4:4:4.
+
+    Chroma keeps its full resolution: in stained tissue the colour is the signal.
+    """
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444")
+    height, width = pixels.shape[:2]
+    return EncodedTile(
+        data=data, suffix="jpg", width_px=width, height_px=height, has_metadata=False
+    )
+
+
+def inspect_image(data: bytes) -> EncodedTile:
+    """Decodes an image file's content completely and returns it with its facts.
+
+    Raises:
+        ImageError: neither JPEG nor PNG, damaged, beyond `MAX_PIXELS`, deeper than 8 bits, or
+            partly transparent.
+    """
+    suffix = image_suffix(data)
+    pixels = decode_image(data, suffix)
+    height, width = pixels.shape[:2]
+    with _open(data, suffix) as image:
+        has_metadata = bool(_METADATA & image.info.keys() or getattr(image, "text", None))
+    return EncodedTile(
+        data=data, suffix=suffix, width_px=width, height_px=height, has_metadata=has_metadata
+    )
+
+
+def image_suffix(data: bytes) -> str:
+    """``jpg`` or ``png``, from the first bytes.
+
+    Raises:
+        ImageError: it is neither.
+    """
+    if data.startswith(_JPEG_START):
+        return "jpg"
+    if data.startswith(_PNG_START):
+        return "png"
+    raise ImageError("neither a JPEG nor a PNG" if data else "an empty file")
+
+
+def decode_image(data: bytes, suffix: str) -> NDArray[np.uint8]:
+    """Decodes an encoded tile to RGB, uint8 [H, W, 3].
+
+    Args:
+        data: the encoded image.
+        suffix: ``jpg`` or ``png``, as in the index.
+
+    Raises:
+        ImageError: the image is damaged, beyond `MAX_PIXELS`, deeper than 8 bits, or partly
+            transparent.
+    """
+    return _decode_jpeg(data) if suffix == "jpg" else _decode_png(data)
+
+
+def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(width, height)
+        if colours in ("CMYK", "YCCK"):
+            raise ImageError(f"JPEG in {colours}, a printer's colours without a defined RGB")
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError as error:
+        raise ImageError(f"damaged JPEG: {error}") from error
+    return pixels
+
+
+def _decode_png(data: bytes) -> NDArray[np.uint8]:
+    with _open(data, "png") as image:
+        if image.mode not in _PNG_MODES:
+            raise ImageError(f"PNG of mode {image.mode}; a tile has 8 bits a channel")
+        try:
+            image.load()
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                if image.getextrema()[3][0] < 255:
+                    raise ImageError("PNG with transparent pixels, which have no colour")
+            return np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise ImageError(f"damaged PNG: {error}") from error
+
+
+def _open(data: bytes, suffix: str) -> Any:
+    """A lazily opened Pillow image, of this one format and bounded size."""
+    try:
+        if suffix == "png":
+            # Before Pillow sees it: its own bound is a warning, and far above a tile.
+            _check_size(*struct.unpack_from(">II", data, 16))
+        image: ImageFile.ImageFile = Image.open(
+            io.BytesIO(data), formats=["PNG" if suffix == "png" else "JPEG"]
+        )
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise ImageError(f"damaged {suffix.upper()}: {error}") from error
+    return image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise ImageError(f"{width}×{height} pixels; a tile has 1 to {MAX_PIXELS}")

@@ -1,0 +1,122 @@
+"""Embedding tile images: files in, a feature store out."""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+from torch import Tensor
+
+from eosin.configs.errors import InputError
+from eosin.data_curation.codec import MAX_PIXELS, ImageError, decode_image, image_suffix
+from eosin.data_curation.encoder import Encoder
+from eosin.data_curation.features import (
+    FeatureStore,
+    features_stamp,
+    has_features,
+    open_features,
+    rows_done,
+    write_features,
+)
+from eosin.launch.progress import Meter
+
+CHUNK_BATCHES = 8
+"""Batches that are decoded ahead and made safe together."""
+
+_TIFF_OR_BMP_STARTS = (b"II*\0", b"MM\0*", b"BM")
+
+
+def read_image(path: Path) -> npt.NDArray[np.uint8]:
+    """The image in `path` as RGB uint8 [H, W, 3]: JPEG or PNG as everywhere, TIFF and BMP too.
+
+    Raises:
+        InputError: it is not such an image, or it is damaged or deeper than 8 bits.
+    """
+    data = path.read_bytes()
+    try:
+        if data.startswith(_TIFF_OR_BMP_STARTS):
+            return _decode_tiff_or_bmp(data)
+        return decode_image(data, image_suffix(data))
+    except ImageError as error:
+        raise InputError(f"{path} cannot be used as a tile: {error}") from error
+
+
+def _decode_tiff_or_bmp(data: bytes) -> npt.NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data), formats=["TIFF", "BMP"]) as image:
+            if image.mode not in ("L", "P", "RGB"):
+                raise ImageError(f"image of mode {image.mode}; a tile is 8-bit RGB or grey")
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS}")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"damaged image: {error}") from error
+
+
+def embed_images(
+    encoder: Encoder,
+    paths: Sequence[Path],
+    rows: pa.Table,
+    data_digest: str,
+    folder: Path,
+    *,
+    batch_size: int,
+    threads: int = 4,
+) -> FeatureStore:
+    """Features of image files, kept in `folder` and taken from there when they are up to date.
+
+    The key is the encoder's digest and `data_digest`. Batch size and device move features in the
+    last bits of float16 and are not part of it.
+
+    Args:
+        encoder: from `load_encoder`.
+        paths: image files, N.
+        rows: what they are, under `FEATURE_ROWS`, N rows.
+        data_digest: of the files' bytes and their order.
+        folder: of the feature store.
+        batch_size: tiles a forward pass.
+        threads: that decode and resize.
+
+    Raises:
+        InputError: an image cannot be read, or features are not finite; earlier chunks are kept.
+    """
+    stamp = features_stamp(encoder.digest, data_digest)
+    if has_features(folder, stamp):
+        return open_features(folder)
+    meta = {
+        "encoder": encoder.name,
+        "encoder_digest": encoder.digest,
+        "transform_digest": encoder.transform_digest,
+        "pooling": encoder.pooling,
+    }
+    done = rows_done(folder, stamp)
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        Meter(f"embed {encoder.name}", len(paths), "tiles", done=done) as meter,
+    ):
+
+        def prepare(path: Path) -> Tensor:
+            return encoder.prepare(read_image(path))
+
+        def compute(start: int, stop: int) -> npt.NDArray[np.float32]:
+            prepared = pool.map(prepare, paths[start:stop])
+            features = []
+            for first in range(start, stop, batch_size):
+                batch = [next(prepared) for _ in range(min(batch_size, stop - first))]
+                features.append(encoder.forward(batch))
+                meter.advance(len(batch))
+            return np.concatenate(features)
+
+        return write_features(
+            folder,
+            rows=rows,
+            dim=encoder.dim,
+            stamp=stamp,
+            compute=compute,
+            chunk_rows=CHUNK_BATCHES * batch_size,
+            meta=meta,
+        )

@@ -1,0 +1,153 @@
+"""The feature store: one layout for embedded tiles, the evaluation's cache and bags.
+
+A folder with ``features.npy`` (float16 [N, D], to be memory-mapped), ``rows.parquet`` (what each
+row is) and ``meta.json`` (which encoder, what data), written last. Features are computed in
+chunks; after a kill the same call goes on at the first chunk that was not on disk.
+"""
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from eosin.configs.errors import InputError
+from eosin.data_curation.manifest import FEATURE_ROWS, read_table, write_table
+from eosin.launch.artefacts import is_done, mark_done, read_json, stamp_of, write_json
+
+FORMAT = 1
+"""Version of what a store holds; stores of another one are made again."""
+
+_FEATURES, _ROWS, _META, _PROGRESS = "features.npy", "rows.parquet", "meta.json", ".progress.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureStore:
+    """Features on disk and what they are of."""
+
+    features: npt.NDArray[np.float16]
+    """Memory-mapped, [N, D]."""
+    rows: pa.Table
+    """Under `FEATURE_ROWS`, N rows."""
+    meta: dict[str, Any]
+
+
+def features_stamp(encoder_digest: str, data_digest: str) -> str:
+    """The key of a store: weights, preprocessing and pooling; tiles and their order."""
+    return stamp_of(
+        stage="features", format=FORMAT, encoder=encoder_digest, data=data_digest, dtype="float16"
+    )
+
+
+def has_features(folder: Path, stamp: str) -> bool:
+    """Whether `folder` holds the finished store with this stamp."""
+    return is_done(folder / _META, stamp)
+
+
+def rows_done(folder: Path, stamp: str) -> int:
+    """Rows that an earlier call with this stamp made safe."""
+    try:
+        progress = read_json(folder / _PROGRESS)
+    except (FileNotFoundError, ValueError):
+        return 0
+    return int(progress["rows"]) if progress["stamp"] == stamp else 0
+
+
+def open_features(folder: Path) -> FeatureStore:
+    """Opens a finished store.
+
+    Raises:
+        InputError: there is none, or its parts do not belong together.
+    """
+    if not (folder / _META).is_file():
+        raise InputError(f"{folder} holds no finished features; run the step that makes them")
+    rows = read_table(folder / _ROWS, FEATURE_ROWS)
+    try:
+        features = np.load(folder / _FEATURES, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder / _FEATURES} cannot be read: {error}; delete {folder}"
+        ) from error
+    if features.dtype != np.float16 or len(features) != rows.num_rows:
+        raise InputError(f"{folder}: features and rows do not belong together; delete the folder")
+    return FeatureStore(features=features, rows=rows, meta=read_json(folder / _META))
+
+
+def write_features(
+    folder: Path,
+    *,
+    rows: pa.Table,
+    dim: int,
+    stamp: str,
+    compute: Callable[[int, int], npt.NDArray[np.float32]],
+    chunk_rows: int,
+    meta: dict[str, Any],
+) -> FeatureStore:
+    """Fills a store chunk by chunk, or goes on with one that was begun with the same stamp.
+
+    Args:
+        folder: where it lies; features with another stamp in it are replaced.
+        rows: under `FEATURE_ROWS`, N rows.
+        dim: D.
+        stamp: from `features_stamp`.
+        compute: (start, stop) to the features [stop - start, D] of those rows. It is called with
+            the same bounds whether or not there was a kill.
+        chunk_rows: rows that are computed and made safe at a time.
+        meta: what else ``meta.json`` records.
+
+    Raises:
+        InputError: a feature is not finite in float16.
+    """
+    if has_features(folder, stamp):
+        return open_features(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _META).unlink(missing_ok=True)
+    partial, final = folder / f".{_FEATURES}.partial", folder / _FEATURES
+    header = _npy_header(rows.num_rows, dim)
+    done = rows_done(folder, stamp)
+    if done == rows.num_rows and final.is_file() and not partial.is_file():
+        final.replace(partial)  # killed between the renaming and the marker
+    if not partial.is_file() or partial.stat().st_size < len(header) + done * 2 * dim:
+        done = 0
+    if not done:
+        (folder / _PROGRESS).unlink(missing_ok=True)  # another stamp's would count these rows
+    with partial.open("r+b" if done else "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + done * 2 * dim)
+        file.seek(0, os.SEEK_END)
+        for start in range(done, rows.num_rows, chunk_rows):
+            stop = min(start + chunk_rows, rows.num_rows)
+            file.write(_as_half(compute(start, stop), start).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            write_json(folder / _PROGRESS, {"stamp": stamp, "rows": stop})
+    write_table(rows, folder / _ROWS, FEATURE_ROWS)
+    partial.replace(final)
+    mark_done(folder / _META, stamp, format=FORMAT, dtype="float16", dim=dim, **meta)
+    (folder / _PROGRESS).unlink(missing_ok=True)
+    return open_features(folder)
+
+
+def _npy_header(n_rows: int, dim: int) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "<f2", "fortran_order": False, "shape": (n_rows, dim)}
+    )
+    return buffer.getvalue()
+
+
+def _as_half(features: npt.NDArray[np.float32], start: int) -> npt.NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        half = features.astype("<f2")
+    bad = np.flatnonzero(~np.isfinite(half).all(axis=1))
+    if len(bad):
+        raise InputError(
+            f"the features of row {start + bad[0]} do not fit float16 (largest magnitude "
+            f"{np.abs(features[bad[0]]).max():.3g}): the encoder is broken or not normalised"
+        )
+    return half

@@ -1,0 +1,193 @@
+"""The tables of eosin: their Arrow schemas, ids and statuses, defined here and nowhere else."""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eosin.configs.errors import InputError
+from eosin.launch.artefacts import SCHEMA_VERSION, replacing
+
+
+class Status(StrEnum):
+    """What became of a slide or a tile; everything but `OK` comes with a reason."""
+
+    OK = "ok"
+    EMPTY = "empty"
+    """No tissue: on a tile, not read; on a slide, no tile has tissue."""
+    UNREADABLE = "unreadable"
+    NO_MPP = "no_mpp"
+    IMPLAUSIBLE_MPP = "implausible_mpp"
+    UPSAMPLING = "upsampling"
+    TIMEOUT = "timeout"
+    CRASHED = "crashed"
+
+
+def _field(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+SLIDES = pa.schema(
+    [
+        _field("slide_id", pa.string()),
+        _field("path", pa.string()),
+        _field("group", pa.string()),  # patient, else the slide itself: never crosses a split
+        pa.field("width_px", pa.int64()),  # level 0
+        pa.field("height_px", pa.int64()),
+        pa.field("mpp_x", pa.float64()),
+        pa.field("mpp_y", pa.float64()),
+        pa.field("mpp_source", pa.string()),  # "metadata" or "table"
+        pa.field("scanner", pa.string()),
+        pa.field("stain", pa.string()),
+        pa.field("tissue_area_mm2", pa.float64()),
+        _field("n_cells", pa.int64()),  # rows in tiles.parquet
+        _field("n_ok", pa.int64()),  # of them with status ok
+        _field("n_unreadable", pa.int64()),
+        _field("status", pa.string()),
+        _field("reason", pa.string()),
+    ]
+)
+"""One row a slide, sorted by slide_id."""
+
+TILES = pa.schema(
+    [
+        _field("tile_id", pa.string()),
+        _field("slide_id", pa.string()),
+        _field("group", pa.string()),
+        _field("column", pa.int32()),  # of the slide's grid
+        _field("row", pa.int32()),
+        _field("level0_x", pa.float64()),  # exact origin in level-0 pixels
+        _field("level0_y", pa.float64()),
+        _field("size_px", pa.int32()),
+        _field("requested_mpp", pa.float64()),
+        _field("effective_mpp_x", pa.float64()),
+        _field("effective_mpp_y", pa.float64()),
+        _field("tissue_fraction", pa.float32()),
+        pa.field("white_fraction", pa.float32()),  # of pixels brighter than glass; null if not read
+        pa.field("dark_fraction", pa.float32()),
+        pa.field("pen_fraction", pa.float32()),
+        pa.field("sharpness", pa.float32()),  # log10 variance of the Laplacian at 1 µm/px
+        pa.field("stain", pa.string()),
+        _field("status", pa.string()),
+        _field("reason", pa.string()),
+    ]
+)
+"""One row a grid cell, empty cells included, sorted by (slide_id, row, column)."""
+
+SELECTION = pa.schema(
+    [
+        _field("tile_id", pa.string()),
+        _field("stratum", pa.string()),
+        pa.field("cluster", pa.string()),
+        _field("copies", pa.int32()),
+        _field("reason", pa.string()),
+    ]
+)
+"""One row a tile that goes into the shards, in the order of tiles.parquet."""
+
+INDEX = pa.schema(
+    [
+        _field("shard", pa.string()),  # file name of the tar
+        _field("key", pa.string()),  # tile_id, or the image's path made a key
+        _field("suffix", pa.string()),  # "jpg" or "png"
+        _field("offset", pa.int64()),  # of the image's first byte in the tar
+        _field("size", pa.int64()),  # bytes
+        _field("checksum", pa.string()),  # XXH3-128 of the bytes, hex
+        _field("width_px", pa.int32()),
+        _field("height_px", pa.int32()),
+        _field("group", pa.string()),
+        pa.field("slide_id", pa.string()),
+        pa.field("mpp", pa.float64()),  # null where the scale is unknown
+        pa.field("cluster", pa.string()),
+        pa.field("stain", pa.string()),
+    ]
+)
+"""One row a record, in shard order; a table of images may add columns of its own behind these."""
+
+FEATURE_ROWS = pa.schema(
+    [
+        _field("tile_id", pa.string()),  # or the image's path, as its table gives it
+        _field("group", pa.string()),
+        pa.field("slide_id", pa.string()),
+        pa.field("level0_x", pa.float64()),
+        pa.field("level0_y", pa.float64()),
+        pa.field("mpp", pa.float64()),
+        pa.field("stain", pa.string()),
+    ]
+)
+"""What the rows of a feature store's ``features.npy`` are, in their order."""
+
+PREDICTIONS = pa.schema(
+    [
+        _field("encoder", pa.string()),  # EncoderRecord.name of the results
+        _field("protocol", pa.string()),
+        _field("tile_id", pa.string()),
+        _field("group", pa.string()),
+        _field("label", pa.int32()),  # index into the task's classes
+        _field("prediction", pa.int32()),  # likewise
+    ]
+)
+"""One row a test tile, protocol and encoder: what was predicted for it."""
+
+FAILED = pa.schema(
+    [
+        _field("shard", pa.string()),  # the tar that it would be in
+        _field("key", pa.string()),
+        _field("source", pa.string()),  # an image's path as it was given, or a tile's slide
+        _field("status", pa.string()),
+        _field("reason", pa.string()),
+    ]
+)
+"""One row a tile that should be a record and is not, beside the index."""
+
+
+def make_id(name: str) -> str:
+    """`name` with every character outside ``[A-Za-z0-9_-]`` made ``_``."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def make_tile_id(slide_id: str, level0_x: float, level0_y: float, mpp: float) -> str:
+    """``{slide_id}_{x}_{y}_{mpp in nm}``: the tile's name and its key in a shard."""
+    return f"{slide_id}_{round(level0_x)}_{round(level0_y)}_{round(mpp * 1000)}"
+
+
+def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
+    """Writes `table` to `path` atomically as Parquet, after checking it against `schema`.
+
+    Columns beyond the schema's are kept behind it. Equal tables give equal bytes.
+
+    Raises:
+        ValueError: a column is missing, of another type, or null where it must not be.
+    """
+    extra = [table.schema.field(n) for n in table.column_names if n not in schema.names]
+    full = pa.schema([*schema, *extra]).with_metadata({"schema_version": str(SCHEMA_VERSION)})
+    checked = table.select(full.names).cast(full)
+    for field in full:
+        if not field.nullable and checked[field.name].null_count:
+            raise ValueError(f"{path.name}: column '{field.name}' must not be null")
+    with replacing(path) as partial:
+        pq.write_table(checked, partial, compression="zstd", store_schema=True)
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Reads a table written by `write_table`.
+
+    Raises:
+        InputError: the file is missing, not Parquet, of a newer version, or lacks a column.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; run the step that writes it first")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise InputError(f"{path} is not a readable Parquet file: {first_line}") from error
+    version = int((table.schema.metadata or {}).get(b"schema_version", b"1"))
+    if version > SCHEMA_VERSION:
+        raise InputError(f"{path} was written by a newer eosin (schema_version {version})")
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise InputError(f"{path} lacks the columns {', '.join(missing)}")
+    return table

@@ -1,0 +1,280 @@
+"""Opening a slide and reading regions of it at an exact physical scale, through OpenSlide.
+
+Two things here differ from the usual `read_region` loop. A tile is cut by its exact (fractional)
+rectangle and resampled once, so its mpp is the requested one on both axes and nothing is rounded to
+whole level pixels. And a region that cannot be decoded, or that the scanner never visited, raises
+`RegionError`: no pixel is made up.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+from PIL import Image
+
+from eosin.configs.errors import EosinError
+from eosin.data_curation.manifest import Status
+from eosin.data_curation.slide_metadata import (
+    Level,
+    SlideError,
+    check_mpp,
+    metadata_mpp,
+    pyramid_levels,
+    scanned_bounds_px,
+    scanner_name,
+)
+
+SLIDE_SUFFIXES = frozenset(
+    (
+        ".bif",
+        ".czi",
+        ".dcm",
+        ".mrxs",
+        ".ndpi",
+        ".scn",
+        ".svs",
+        ".svslide",
+        ".tif",
+        ".tiff",
+        ".vms",
+        ".vmu",
+    )
+)
+"""Extensions of the formats that OpenSlide 4 reads."""
+
+MPP_TOLERANCE = 1e-3
+"""A level this much (relative) coarser than the request still serves it."""
+_LANCZOS_SUPPORT_PX = 3
+_REDUCING_GAP = 4
+"""Above this many source pixels a target pixel, whole pixels are averaged before Lanczos."""
+_STRIP_PX = 1 << 24
+"""Source pixels held at once when a region is large."""
+_WHOLE_PX = 1e-6
+"""A rectangle this close to whole level pixels is read as it is."""
+_HOLE_ALPHA = 64
+"""Below this opacity a pixel was not scanned; above, OpenSlide blended a real one at an edge."""
+_OVERVIEW_BLOCK_PX = 512
+_SMALLEST_BLOCK_PX = 32
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+class RegionError(EosinError):
+    """A region that could not be decoded or was never scanned; the message is the reason."""
+
+
+class Slide:
+    """A slide at level 0, with tiles on request at any mpp not finer than the scan's.
+
+    A context manager. The handle belongs to the process that opened it: open it in the worker.
+
+    Args:
+        path: any file that OpenSlide opens.
+        mpp: µm per level-0 pixel (x, y) that replaces the file's own.
+
+    Raises:
+        SlideError: not a slide, damaged, or without a plausible mpp.
+    """
+
+    def __init__(self, path: Path, mpp: tuple[float, float] | None = None) -> None:
+        self.path = path
+        self._handle = _open(path)
+        try:
+            self._properties: dict[str, str] = dict(self._handle.properties)
+            self.size_px: tuple[int, int] = self._handle.dimensions
+            self.levels = pyramid_levels(
+                self._properties, self._handle.level_dimensions, self._handle.level_downsamples
+            )
+            self.mpp_source = "metadata" if mpp is None else "table"
+            self.mpp = mpp or metadata_mpp(self._properties)
+            check_mpp(self.mpp, self.mpp_source)
+        except BaseException:
+            self._handle.close()
+            raise
+        self.scanner = scanner_name(self._properties)
+        self.bounds_px = scanned_bounds_px(self._properties, self.size_px)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the handle."""
+        self._handle.close()
+
+    def level_for(self, mpp: float) -> Level:
+        """The coarsest level that is not coarser than `mpp`.
+
+        Raises:
+            SlideError: the scan is coarser than `mpp` (status `upsampling`).
+        """
+        scan_mpp = max(self.mpp)
+        if scan_mpp > mpp * (1 + MPP_TOLERANCE):
+            smallest = math.ceil(scan_mpp / (1 + MPP_TOLERANCE) * 1e4) / 1e4
+            raise SlideError(
+                Status.UPSAMPLING,
+                f"scanned at {scan_mpp:g} µm/px, coarser than the {mpp:g} asked for; "
+                f"mpp={smallest:g} is the smallest that would admit it",
+            )
+        serving = [lv for lv in self.levels if self._level_mpp(lv) <= mpp * (1 + MPP_TOLERANCE)]
+        return max(serving, key=self._level_mpp)
+
+    def read_tile(
+        self, level0_x: float, level0_y: float, size_px: int, mpp: float
+    ) -> NDArray[np.uint8]:
+        """The tile whose exact top left corner is (level0_x, level0_y), in level-0 pixels.
+
+        Returns:
+            RGB uint8 [size_px, size_px, 3]; level pixels untouched where they coincide with the
+            tile's, else resampled once with an antialiasing Lanczos filter.
+
+        Raises:
+            RegionError: not decodable, outside the slide, or touching an area never scanned.
+            SlideError: `mpp` is finer than the scan.
+        """
+        level = self.level_for(mpp)
+        width, height = (size_px * mpp / axis for axis in self.mpp)
+        box = (level0_x, level0_y, level0_x + width, level0_y + height)
+        left, top, right, bottom = self._bounds_box()
+        slack = 0.5  # of a level-0 pixel: rounding of a cell that ends on the edge
+        if (
+            box[0] < left - slack
+            or box[1] < top - slack
+            or box[2] > right + slack
+            or box[3] > bottom + slack
+        ):
+            raise RegionError("the tile reaches beyond the slide")
+        return np.asarray(self._resample(level, box, (size_px, size_px), holes_are_white=False))
+
+    def overview(self, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The whole scanned area (`bounds_px`) at about `mpp` µm/px, read in bounded memory.
+
+        Returns:
+            RGB uint8 [h, w, 3], areas never scanned in white; and bool [h, w], False where a
+            region could not be decoded.
+        """
+        level = self.level_for(max(mpp, *self.mpp))
+        left, top, right, bottom = self._bounds_box()
+        width = max(1, round((right - left) * self.mpp[0] / mpp))
+        height = max(1, round((bottom - top) * self.mpp[1] / mpp))
+        rgb = np.full((height, width, 3), 255, np.uint8)
+        readable = np.ones((height, width), np.bool_)
+        step = ((right - left) / width, (bottom - top) / height)
+        blocks = [
+            (x, y, min(x + _OVERVIEW_BLOCK_PX, width), min(y + _OVERVIEW_BLOCK_PX, height))
+            for y in range(0, height, _OVERVIEW_BLOCK_PX)
+            for x in range(0, width, _OVERVIEW_BLOCK_PX)
+        ]
+        while blocks:
+            x0, y0, x1, y1 = blocks.pop()
+            box = (
+                left + x0 * step[0],
+                top + y0 * step[1],
+                left + x1 * step[0],
+                top + y1 * step[1],
+            )
+            try:
+                block = self._resample(level, box, (x1 - x0, y1 - y0), holes_are_white=True)
+            except RegionError:
+                if max(x1 - x0, y1 - y0) <= _SMALLEST_BLOCK_PX:
+                    readable[y0:y1, x0:x1] = False
+                else:
+                    blocks += _quarters(x0, y0, x1, y1)
+                continue
+            rgb[y0:y1, x0:x1] = np.asarray(block)
+        return rgb, readable
+
+    def _level_mpp(self, level: Level) -> float:
+        return max(m * d for m, d in zip(self.mpp, level.downsample, strict=True))
+
+    def _bounds_box(self) -> Box:
+        x, y, width, height = self.bounds_px
+        return (x, y, x + width, y + height)
+
+    def _resample(
+        self, level: Level, box0: Box, size: tuple[int, int], *, holes_are_white: bool
+    ) -> Image.Image:
+        """The level-0 rectangle `box0` as an RGB image of `size`, read from `level`."""
+        dx, dy = level.downsample
+        box = (box0[0] / dx, box0[1] / dy, box0[2] / dx, box0[3] / dy)
+        x, y = round(box[0]), round(box[1])
+        whole = (x, y, x + size[0], y + size[1])
+        if max(abs(a - b) for a, b in zip(box, whole, strict=True)) < _WHOLE_PX:
+            return self._read(level, x, y, *size, holes_are_white)
+        scale = ((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
+        reach = [math.ceil(_LANCZOS_SUPPORT_PX * max(s, 1.0)) + 1 for s in scale]
+        edge = self._bounds_box()
+        x0 = max(math.floor(box[0]) - reach[0], math.floor(edge[0] / dx))
+        y0 = max(math.floor(box[1]) - reach[1], math.floor(edge[1] / dy))
+        x1 = min(math.ceil(box[2]) + reach[0], math.ceil(edge[2] / dx), level.size_px[0])
+        y1 = min(math.ceil(box[3]) + reach[1], math.ceil(edge[3] / dy), level.size_px[1])
+        factor = (max(1, int(scale[0] / _REDUCING_GAP)), max(1, int(scale[1] / _REDUCING_GAP)))
+        canvas = Image.new("RGB", (-(-(x1 - x0) // factor[0]), -(-(y1 - y0) // factor[1])))
+        rows = max(1, _STRIP_PX // (x1 - x0) // factor[1]) * factor[1]
+        for top in range(y0, y1, rows):
+            strip = self._read(level, x0, top, x1 - x0, min(rows, y1 - top), holes_are_white)
+            canvas.paste(strip.reduce(factor), (0, (top - y0) // factor[1]))
+        # Where the pixels really start: see `_location`.
+        start = [_location(v, level) / level.openslide_downsample for v in (x0, y0)]
+        left, right = _inside(box[0] - start[0], box[2] - start[0], x1 - x0, factor[0])
+        upper, lower = _inside(box[1] - start[1], box[3] - start[1], y1 - y0, factor[1])
+        region = (left, upper, right, lower)
+        return canvas.resize(size, Image.Resampling.LANCZOS, box=region)
+
+    def _read(
+        self, level: Level, x: int, y: int, width: int, height: int, holes_are_white: bool
+    ) -> Image.Image:
+        """Level pixels [x, x + width) × [y, y + height) as RGB."""
+        location = (_location(x, level), _location(y, level))
+        try:
+            region: Image.Image = self._handle.read_region(location, level.index, (width, height))
+        except openslide.OpenSlideError as error:
+            self._handle.close()  # after an error OpenSlide refuses every further call
+            self._handle = _open(self.path)
+            raise RegionError(f"not decodable: {_one_line(error, self.path)}") from error
+        if np.asarray(region.getchannel("A")).min() < _HOLE_ALPHA:
+            if not holes_are_white:
+                raise RegionError("touches an area that was never scanned (transparent)")
+            white = Image.new("RGBA", region.size, (255, 255, 255, 255))
+            region = Image.alpha_composite(white, region)
+        return region.convert("RGB")
+
+
+def _location(position: int, level: Level) -> int:
+    """The whole level-0 position nearest to a level pixel: the only kind OpenSlide takes.
+
+    Where a pyramid's factor is not whole (2.0002, from an odd width) that is off by up to half a
+    level-0 pixel; OpenSlide then interpolates. The caller corrects for where it really read.
+    """
+    return round(position * level.openslide_downsample)
+
+
+def _inside(low: float, high: float, size: int, factor: int) -> tuple[float, float]:
+    """An interval shifted (by less than a pixel, at an edge) into [0, size], then reduced."""
+    shift = min(max(0.0, -low), 1.0) - min(max(0.0, high - size), 1.0)
+    return max(0.0, low + shift) / factor, min(size, high + shift) / factor
+
+
+def _quarters(x0: int, y0: int, x1: int, y1: int) -> list[tuple[int, int, int, int]]:
+    xm, ym = (x0 + x1 + 1) // 2, (y0 + y1 + 1) // 2
+    quarters = [(x0, y0, xm, ym), (xm, y0, x1, ym), (x0, ym, xm, y1), (xm, ym, x1, y1)]
+    return [q for q in quarters if q[0] < q[2] and q[1] < q[3]]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        raise SlideError(Status.UNREADABLE, "not a slide format that OpenSlide reads") from error
+    except openslide.OpenSlideError as error:
+        raise SlideError(Status.UNREADABLE, f"not readable: {_one_line(error, path)}") from error
+
+
+def _one_line(error: Exception, path: Path) -> str:
+    return " ".join(str(error).replace(str(path), path.name).split())

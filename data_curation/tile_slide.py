@@ -1,0 +1,208 @@
+"""One slide to its part of the tables: overview, tissue, grid, and the quality of each tile read.
+
+Runs in a process of its own. It writes a folder: ``tiles.parquet`` (without what the slide list
+says of the slide), ``overlay.png``, and last the marker ``slide.json`` with the slide's row.
+"""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from eosin.data_curation.grid import Grid, make_grid
+from eosin.data_curation.manifest import TILES, Status, make_tile_id, write_table
+from eosin.data_curation.overlay import write_overlay
+from eosin.data_curation.quality import Quality, measure_quality
+from eosin.data_curation.slide import RegionError, Slide
+from eosin.data_curation.slide_list import SlideSource
+from eosin.data_curation.slide_metadata import SlideError
+from eosin.data_curation.tissue import Tissue, find_tissue, mask_mpp
+from eosin.launch.artefacts import mark_done
+
+FORMAT = 1
+"""Raise it when the same slide and request would give other rows: everything is made again."""
+
+LISTED = ("group", "stain")
+"""Columns that come from the slide list, joined when the parts are merged."""
+PART = pa.schema([field for field in TILES if field.name not in LISTED])
+MARKER, TILES_FILE, OVERLAY_FILE = "slide.json", "tiles.parquet", "overlay.png"
+
+RETRIED = frozenset({Status.UNREADABLE, Status.CRASHED, Status.TIMEOUT})
+"""What may have been the storage's or the machine's fault: such a slide gets no marker."""
+
+_BLOCK_ROWS = 8
+"""Cells are read in bands of so many rows, so that coded tiles are decoded once, from the cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideJob:
+    """What a worker needs to know."""
+
+    source: SlideSource
+    folder: Path
+    stamp: str
+    mpp: float
+    size_px: int
+    step_px: int
+    min_tissue: float
+
+
+def tile_slide(job: SlideJob) -> dict[str, Any]:
+    """Tiles one slide into `job.folder` and returns its row of slides.parquet, as plain values.
+
+    A slide that cannot be used is a row with a status and a reason, not an exception.
+    """
+    cv2.setNumThreads(1)
+    cv2.ocl.setUseOpenCL(False)
+    (job.folder / MARKER).unlink(missing_ok=True)  # it would vouch for what is written now
+    record = empty_record()
+    try:
+        with Slide(job.source.path, job.source.mpp) as slide:
+            record |= _describe(slide)
+            slide.level_for(job.mpp)
+            record |= _tile(slide, job)
+    except SlideError as error:
+        record |= {"status": str(error.status), "reason": error.reason}
+    except MemoryError:
+        record |= {"status": str(Status.CRASHED), "reason": "out of memory"}
+    if record["n_cells"] == 0:
+        for name in (TILES_FILE, OVERLAY_FILE):
+            (job.folder / name).unlink(missing_ok=True)
+    if record["status"] not in RETRIED:
+        mark_done(job.folder / MARKER, job.stamp, slide=record)
+    return record
+
+
+def empty_record() -> dict[str, Any]:
+    """The measured part of a slide's row before anything is known."""
+    unknown = ("width_px", "height_px", "mpp_x", "mpp_y", "mpp_source", "scanner")
+    return {
+        **dict.fromkeys(unknown),
+        "tissue_area_mm2": None,
+        "n_cells": 0,
+        "n_ok": 0,
+        "n_unreadable": 0,
+        "status": str(Status.OK),
+        "reason": "",
+    }
+
+
+def _describe(slide: Slide) -> dict[str, Any]:
+    return {
+        "width_px": slide.size_px[0],
+        "height_px": slide.size_px[1],
+        "mpp_x": slide.mpp[0],
+        "mpp_y": slide.mpp[1],
+        "mpp_source": slide.mpp_source,
+        "scanner": slide.scanner,
+    }
+
+
+def _tile(slide: Slide, job: SlideJob) -> dict[str, Any]:
+    grid = make_grid(
+        slide.bounds_px, slide.mpp, mpp=job.mpp, size_px=job.size_px, step_px=job.step_px
+    )
+    if len(grid) == 0:
+        return {"status": str(Status.EMPTY), "reason": "smaller than one tile"}
+    width, height = slide.bounds_px[2:]
+    extent_um = (width * slide.mpp[0], height * slide.mpp[1])
+    scale = mask_mpp(extent_um, job.size_px * job.mpp, max(slide.mpp))
+    overview, readable = slide.overview(scale)
+    pixel_px = (width / overview.shape[1], height / overview.shape[0])
+    tissue = find_tissue(overview, (pixel_px[0] * slide.mpp[0], pixel_px[1] * slide.mpp[1]))
+    # What the overview could not show is tried, so that it is reported and not taken for glass.
+    fractions = grid.fractions(tissue.tissue | ~readable, pixel_px)
+    cells = _read_cells(slide, grid, fractions, job)
+    write_table(_to_table(slide, grid, fractions, cells, job), job.folder / TILES_FILE, PART)
+    counts = Counter(cell.status for cell in cells)
+    statuses = np.array([cell.status for cell in cells], np.object_).reshape(fractions.shape)
+    caption = (
+        f"{job.source.slide_id} · {len(cells)} cells of {job.size_px} px at mpp {job.mpp:g}, "
+        f"{counts[Status.OK]} with tissue"
+    )
+    overlay = job.folder / OVERLAY_FILE
+    write_overlay(overlay, overview, tissue, grid, statuses, pixel_px, caption)
+    return _summarise(cells, counts, tissue)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    status: Status
+    reason: str = ""
+    quality: Quality | None = None
+
+
+def _read_cells(
+    slide: Slide, grid: Grid, fractions: NDArray[np.float64], job: SlideJob
+) -> list[_Cell]:
+    """What each cell holds, in row-major order."""
+    too_little = _Cell(
+        status=Status.EMPTY, reason=f"tissue fraction below min_tissue={job.min_tissue:g}"
+    )
+    cells = [too_little] * len(grid)
+    corners = grid.corners_px()
+    wanted = [(int(row), int(column)) for row, column in np.argwhere(fractions >= job.min_tissue)]
+    for row, column in sorted(wanted, key=lambda cell: (cell[0] // _BLOCK_ROWS, cell[1], cell[0])):
+        x, y = (float(v) for v in corners[row, column])
+        try:
+            rgb = slide.read_tile(x, y, job.size_px, job.mpp)
+        except RegionError as error:
+            cell = _Cell(status=Status.UNREADABLE, reason=str(error))
+        else:
+            cell = _Cell(status=Status.OK, quality=measure_quality(rgb, job.mpp))
+        cells[row * grid.columns + column] = cell
+    return cells
+
+
+def _to_table(
+    slide: Slide, grid: Grid, fractions: NDArray[np.float64], cells: list[_Cell], job: SlideJob
+) -> pa.Table:
+    count = len(cells)
+    corners = grid.corners_px().reshape(count, 2)
+    rows, columns = np.divmod(np.arange(count), grid.columns)
+    slide_id = job.source.slide_id
+    effective = [grid.cell_px[axis] * slide.mpp[axis] / job.size_px for axis in (0, 1)]
+    measured = {
+        field.name: [getattr(c.quality, field.name) if c.quality else None for c in cells]
+        for field in dataclasses.fields(Quality)
+    }
+    table = {
+        "tile_id": [make_tile_id(slide_id, float(x), float(y), job.mpp) for x, y in corners],
+        "slide_id": [slide_id] * count,
+        "column": columns,
+        "row": rows,
+        "level0_x": corners[:, 0],
+        "level0_y": corners[:, 1],
+        "size_px": np.full(count, job.size_px),
+        "requested_mpp": np.full(count, job.mpp),
+        "effective_mpp_x": np.full(count, effective[0]),
+        "effective_mpp_y": np.full(count, effective[1]),
+        "tissue_fraction": fractions.reshape(count),
+        **measured,
+        "status": [str(cell.status) for cell in cells],
+        "reason": [cell.reason for cell in cells],
+    }
+    return pa.table({name: pa.array(table[name], PART.field(name).type) for name in PART.names})
+
+
+def _summarise(cells: list[_Cell], counts: Counter[Status], tissue: Tissue) -> dict[str, Any]:
+    status, reason = Status.OK, ""
+    if counts[Status.EMPTY] == len(cells):
+        status, reason = Status.EMPTY, "no tile has tissue"
+    elif counts[Status.OK] == 0:
+        first = next(cell.reason for cell in cells if cell.status == Status.UNREADABLE)
+        status, reason = Status.UNREADABLE, f"no tile with tissue could be read: {first}"
+    return {
+        "tissue_area_mm2": tissue.area_mm2(),
+        "n_cells": len(cells),
+        "n_ok": counts[Status.OK],
+        "n_unreadable": counts[Status.UNREADABLE],
+        "status": str(status),
+        "reason": reason,
+    }

@@ -1,0 +1,246 @@
+"""``eosin shard verify``: every shard and record against its checksum; the damaged ones by name.
+
+Readers of tars do not notice an archive that was cut at a member's header: they see fewer tiles.
+Here the sidecar, the marker, the index and the archive's own members must all agree.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from eosin.configs.errors import EosinError, InputError
+from eosin.data_curation.manifest import INDEX, read_table
+from eosin.data_curation.shard_reader import (
+    DESCRIBED,
+    FAILED_NAME,
+    INDEX_NAME,
+    MARKER_NAME,
+    PARTS_NAME,
+    SHARD_NAME,
+    read_marker,
+    read_record,
+    read_sidecar,
+)
+from eosin.data_curation.worker_pool import count_workers, run_jobs
+from eosin.launch.artefacts import file_digest
+from eosin.launch.progress import Meter
+
+_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Reads every byte of a folder of shards."""
+
+    shards: Path
+    """The folder that `eosin shard` wrote."""
+    workers: int = 0
+    """Processes; 0 is one per core."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, not {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong."""
+
+    file: str
+    """Below the folder of shards."""
+    what: str
+    record: str = ""
+    """Its key, where one record is meant and not the file."""
+
+    def __str__(self) -> str:
+        record = f", record '{self.record}'" if self.record else ""
+        return f"{self.file}{record}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    tar: Path
+    described: dict[str, Any] | None
+    """What the marker says of the shard."""
+    rows: pa.Table | None
+    """The shard's rows of the index; None where the index cannot be read."""
+
+
+def verify(config: VerifyConfig) -> None:
+    """Prints every problem on a line of its own, then a summary.
+
+    Raises:
+        InputError: the folder does not exist.
+        EosinError: there is a problem.
+    """
+    problems, n_shards, n_records = find_problems(config.shards, config.workers)
+    for problem in problems:
+        print(f"shard verify: {config.shards}/{problem}")
+    if problems:
+        files = list(dict.fromkeys(problem.file for problem in problems))
+        more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+        raise EosinError(
+            f"{config.shards}: {len(problems)} problems in {', '.join(files[:_NAMED])}{more}; "
+            "remove these files and run the same 'eosin shard' again: it remakes what is missing"
+        )
+    print(f"shard verify: {config.shards}: {n_shards} shards, {n_records} records, all sound")
+
+
+def find_problems(shards: Path, workers: int = 0) -> tuple[list[Problem], int, int]:
+    """All that is wrong with a folder of shards, how many shards it has, and how many records.
+
+    Raises:
+        InputError: the folder does not exist.
+    """
+    if not shards.is_dir():
+        raise InputError(f"{shards} is not a folder of shards: it does not exist")
+    problems: list[Problem] = []
+    marker = _read_marker(shards, problems)
+    index = _read_index(shards, marker, problems)
+    names = set(marker["shards"]) if marker else _shards_on_disk(shards)
+    problems += _strangers(shards, names)
+    jobs = (
+        _Job(
+            tar=shards / name,
+            described=marker["shards"][name] if marker else None,
+            rows=None if index is None else index.filter(pc.equal(index["shard"], name)),
+        )
+        for name in sorted(names)
+    )
+    found: dict[str, list[Problem]] = {}
+    n_workers = max(1, min(count_workers(workers), len(names)))
+    with Meter("shard verify", len(names), "shards") as meter:
+        for job, result in run_jobs(_check_shard, jobs, n_workers):
+            found[job.tar.name] = result
+            meter.advance(1, job.tar.name)
+    problems += [problem for name in sorted(found) for problem in found[name]]
+    return problems, len(names), 0 if index is None else index.num_rows
+
+
+def _read_marker(shards: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    try:
+        return read_marker(shards)
+    except InputError as error:
+        problems.append(Problem(file=MARKER_NAME, what=str(error)))
+        return None
+
+
+def _read_index(
+    shards: Path, marker: dict[str, Any] | None, problems: list[Problem]
+) -> pa.Table | None:
+    for name in (INDEX_NAME, FAILED_NAME):
+        path = shards / name
+        if not path.is_file():
+            problems.append(Problem(file=name, what="missing"))
+        elif marker and file_digest(path) != marker[f"{path.stem}_xxh3_128"]:
+            problems.append(Problem(file=name, what="not what was written: checksum mismatch"))
+    try:
+        return read_table(shards / INDEX_NAME, INDEX)
+    except (InputError, OSError) as error:
+        if (shards / INDEX_NAME).is_file():
+            problems.append(Problem(file=INDEX_NAME, what=f"unreadable: {error}"))
+        return None
+
+
+def _shards_on_disk(shards: Path) -> set[str]:
+    """Names of the tars that are there, or that have a sidecar there."""
+    names = {f"{path.stem}.tar" for path in shards.iterdir() if path.suffix in (".tar", ".json")}
+    return {name for name in names if SHARD_NAME.fullmatch(name)}
+
+
+def _strangers(shards: Path, names: set[str]) -> Iterator[Problem]:
+    """Files that no shard has."""
+    known = {MARKER_NAME, INDEX_NAME, FAILED_NAME, *names}
+    known |= {f"{Path(name).stem}.json" for name in names}
+    known |= {f"{PARTS_NAME}/{Path(name).stem}.parquet" for name in names}
+    for path in sorted(shards.rglob("*")):
+        name = path.relative_to(shards).as_posix()
+        if name not in known and not (path.is_dir() and name == PARTS_NAME):
+            yield Problem(file=name, what="extra: no shard of this folder")
+
+
+def _check_shard(job: _Job) -> list[Problem]:
+    """All that is wrong with one shard: sidecar, part, size, hash, records, members."""
+    sidecar = job.tar.with_suffix(".json")
+    described = job.described
+    problems: list[Problem] = []
+    try:
+        written = read_sidecar(sidecar)
+        problems += _check_part(job.tar, written["part_xxh3_128"])
+        if described is None:
+            described = written
+        elif any(written[key] != described[key] for key in DESCRIBED):
+            problems.append(Problem(file=sidecar.name, what="not what shards.json says of it"))
+    except FileNotFoundError:
+        problems.append(Problem(file=sidecar.name, what="missing"))
+    except InputError:
+        problems.append(Problem(file=sidecar.name, what="damaged"))
+    try:
+        if described is not None:
+            problems += _check_file(job.tar, described)
+        if job.rows is not None:
+            problems += _check_records(job.tar, job.rows)
+    except FileNotFoundError:
+        problems.append(Problem(file=job.tar.name, what="missing"))
+    except OSError as error:
+        problems.append(Problem(file=job.tar.name, what=f"unreadable: {error.strerror}"))
+    return problems
+
+
+def _check_part(tar: Path, digest: str) -> Iterator[Problem]:
+    part = tar.parent / PARTS_NAME / f"{tar.stem}.parquet"
+    if not part.is_file():
+        yield Problem(file=f"{PARTS_NAME}/{part.name}", what="missing")
+    elif file_digest(part) != digest:
+        yield Problem(file=f"{PARTS_NAME}/{part.name}", what="damaged: checksum mismatch")
+
+
+def _check_file(tar: Path, described: dict[str, Any]) -> Iterator[Problem]:
+    size = tar.stat().st_size
+    if size < described["bytes"]:
+        yield Problem(file=tar.name, what=f"truncated: {size} of {described['bytes']} bytes")
+    elif size > described["bytes"]:
+        yield Problem(file=tar.name, what=f"too long: {size} bytes, not {described['bytes']}")
+    elif file_digest(tar) != described["xxh3_128"]:
+        yield Problem(file=tar.name, what="damaged: checksum mismatch")
+
+
+def _check_records(tar: Path, rows: pa.Table) -> Iterator[Problem]:
+    """Every row of the index against the bytes at its place and the tar's member there."""
+    members = _members(tar)
+    size = tar.stat().st_size
+    with tar.open("rb") as file:
+        for row in rows.to_pylist():
+            name = f"{row['key']}.{row['suffix']}"
+            listed = members.pop(name, None)
+            what = ""
+            if not 0 <= row["offset"] <= row["offset"] + row["size"] <= size:
+                what = "missing: beyond the end of the shard"
+            else:
+                data = read_record(file.fileno(), row["offset"], row["size"])
+                if xxhash.xxh3_128_hexdigest(data) != row["checksum"]:
+                    what = "damaged: checksum mismatch"
+                elif listed != (row["offset"], row["size"]):
+                    what = "missing: a reader of the tar does not find it"
+            if what:
+                yield Problem(file=tar.name, record=row["key"], what=what)
+    for name in members:
+        yield Problem(file=tar.name, record=name, what="extra: the index does not have it")
+
+
+def _members(tar: Path) -> dict[str, tuple[int, int]]:
+    """Offset and size of each member, as any reader finds them, as far as it gets."""
+    found: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                found[member.name] = (member.offset_data, member.size)
+    except tarfile.TarError:
+        pass  # what lies behind is reported record by record
+    return found

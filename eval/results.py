@@ -1,0 +1,129 @@
+"""What an evaluation found, as typed records and as ``results.json``.
+
+There is no clock, host or path in it: the same inputs give the same bytes.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eosin.configs.errors import InputError
+from eosin.launch.artefacts import SCHEMA_VERSION, read_json, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecord:
+    """The labelled tiles that everything was scored on."""
+
+    name: str
+    classes: list[str]
+    """Class names, sorted; predictions are indices into this list."""
+    tiles: dict[str, int]
+    """Tiles per split (train, val, test)."""
+    groups: dict[str, int]
+    """Groups (patients, slides) per split; no group is in two."""
+    digest: str
+    """XXH3-128 of the table of labels and the bytes of the tiles."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRecord:
+    """One row of the table: an encoder, its random-weights twin, or a colour floor."""
+
+    name: str
+    """Unique within the results; also the name of its files."""
+    label: str
+    """How a reader of the table should call it."""
+    kind: str
+    """``encoder``, ``random`` (same network, random weights) or ``floor``."""
+    pooling: str
+    dim: int
+    digest: str
+    """XXH3-128 of weights, preprocessing and pooling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One metric of one encoder under one protocol, with its 95 % interval."""
+
+    encoder: str
+    protocol: str
+    """Name and version, e.g. ``knn/uni20@1``."""
+    metric: str
+    """``balanced_accuracy`` (the table's), ``accuracy`` or ``macro_f1``."""
+    value: float
+    low: float
+    high: float
+    """95 % interval of a bootstrap over the groups of the test split."""
+    chosen: dict[str, float]
+    """Hyper-parameters chosen on the validation split; empty where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """``encoder`` minus ``baseline``, paired: both resampled with the same groups."""
+
+    encoder: str
+    baseline: str
+    protocol: str
+    metric: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def better(self) -> bool:
+        """Better by more than the interval: the paired interval lies above zero."""
+        return self.low > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything in ``results.json``."""
+
+    task: TaskRecord
+    encoders: list[EncoderRecord]
+    scores: list[Score]
+    differences: list[Difference]
+    bootstrap_draws: int
+    seed: int
+    protocols: dict[str, str] = field(default_factory=dict)
+    """Name of each protocol → one line that says exactly what it does."""
+
+    def score(self, encoder: str, protocol: str, metric: str = "balanced_accuracy") -> Score:
+        """The score of that encoder, protocol and metric; KeyError when there is none."""
+        for score in self.scores:
+            if (score.encoder, score.protocol, score.metric) == (encoder, protocol, metric):
+                return score
+        raise KeyError((encoder, protocol, metric))
+
+
+def save_results(results: Results, path: Path) -> None:
+    """Writes ``results.json`` atomically."""
+    write_json(path, {"schema_version": SCHEMA_VERSION, **asdict(results)})
+
+
+def load_results(path: Path) -> Results:
+    """Reads ``results.json``.
+
+    Raises:
+        InputError: the file is missing, of a newer version, or not what `save_results` writes.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; 'eosin eval' writes it")
+    try:
+        value: dict[str, Any] = read_json(path)
+        version = value.pop("schema_version")
+        if version > SCHEMA_VERSION:
+            raise InputError(f"{path} was written by a newer eosin (schema_version {version})")
+        return Results(
+            task=TaskRecord(**value["task"]),
+            encoders=[EncoderRecord(**record) for record in value["encoders"]],
+            scores=[Score(**record) for record in value["scores"]],
+            differences=[Difference(**record) for record in value["differences"]],
+            bootstrap_draws=value["bootstrap_draws"],
+            seed=value["seed"],
+            protocols=value["protocols"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a results file of eosin: {error}") from error

@@ -1,0 +1,1 @@
+"""The `eosin` command, run folders, processes and artefacts on disk."""

@@ -1,0 +1,138 @@
+"""Curves of a training run, from its ``metrics.jsonl``: one small panel a quantity."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eosin.configs.errors import InputError
+from eosin.launch.pictures import HAEMATOXYLIN, PAGE_PX, STONE, drawing
+
+TITLES = {
+    "loss": "loss",
+    "dino_global": "DINO, global crops",
+    "dino_local": "DINO, local crops",
+    "ibot": "iBOT, masked patches",
+    "koleo": "KoLeo",
+    "rankme": "RankMe (effective rank)",
+    "feature_std": "feature spread (healthy: 1)",
+    "teacher_entropy": "teacher entropy (nats)",
+    "prototypes_used": "prototypes used",
+    "agreement": "student and teacher agree",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "weight_decay": "weight decay",
+    "momentum": "teacher momentum",
+    "temperature": "teacher temperature",
+    "tiles_per_s": "tiles per second",
+    "data_wait": "time spent waiting for data",
+}
+"""Panels in reading order; a quantity not listed comes behind these under its own name."""
+COLUMNS = 4
+PANEL_HEIGHT_PX = 340
+SMOOTHING = 0.03
+"""Width of the running mean, as a fraction of the points drawn."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity over the steps at which it was recorded."""
+
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Every number in a ``metrics.jsonl``, by name, sorted by step.
+
+    A line that is not a JSON object with an integer ``step`` is passed over: a killed writer leaves
+    half a line. Where a resumed run wrote a step again, the later record counts.
+
+    Raises:
+        InputError: the file is missing or no line of it can be read.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; 'eosin pretrain' writes it")
+    recorded: dict[str, dict[int, float]] = {}
+    for line in path.read_bytes().splitlines():
+        record = _record(line)
+        step = record.pop("step", None)
+        if not isinstance(step, int):
+            continue
+        for name, value in record.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                recorded.setdefault(name, {})[step] = float(value)
+    if not recorded:
+        raise InputError(f"{path} holds no line with a step and a number; is it a run's metrics?")
+    return {name: _series(points) for name, points in recorded.items()}
+
+
+def loss_curves(metrics: Path, path: Path) -> None:
+    """Draws each quantity in `metrics` over the steps to `path` (PNG).
+
+    Grey is every record, dark the centred running mean.
+
+    Raises:
+        InputError: see `read_metrics`.
+    """
+    series = read_metrics(metrics)
+    names = [name for name in TITLES if name in series]
+    names += sorted(series.keys() - TITLES.keys())
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    with drawing(path, PAGE_PX * columns // COLUMNS, PANEL_HEIGHT_PX * rows) as figure:
+        figure.set_layout_engine("constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for panel, name in zip(panels, names, strict=False):
+            _draw(panel, TITLES.get(name, name.replace("_", " ")), series[name])
+        for panel in panels[len(names) :]:
+            panel.set_axis_off()
+        for panel in panels[max(len(names) - columns, 0) : len(names)]:
+            panel.set_xlabel("step")
+
+
+def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Centred mean over `width` (odd) points, fewer at the ends; not-finite points are left out."""
+    finite = np.isfinite(values)
+    position = np.arange(len(values))
+    first = np.maximum(position - width // 2, 0)
+    past = np.minimum(position + width // 2 + 1, len(values))
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    seen = count[past] - count[first]
+    return np.where(seen > 0, (total[past] - total[first]) / np.maximum(seen, 1), np.nan)
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _series(points: dict[int, float]) -> Series:
+    steps = sorted(points)
+    return Series(np.array(steps, np.int64), np.array([points[step] for step in steps], np.float64))
+
+
+def _draw(panel: Any, title: str, series: Series) -> None:
+    few = len(series.steps) <= 40
+    panel.plot(series.steps, series.values, color=STONE, lw=0.8, marker="o" if few else "", ms=2)
+    width = 2 * int(SMOOTHING * len(series.steps) / 2) + 1
+    mean = running_mean(series.values, width)
+    panel.plot(series.steps, mean, color=HAEMATOXYLIN, lw=1.4)
+    panel.set_title(title)
+    known = series.values[np.isfinite(series.values)]
+    if known.size and np.ptp(known) == 0:  # else the mean's rounding would fill the panel
+        around = 0.5 * abs(known[0]) or 1.0
+        panel.set_ylim(known[0] - around, known[0] + around)
+    panel.grid(axis="y")
+    panel.margins(x=0.02, y=0.12)
+    panel.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useOffset=False)
+    panel.yaxis.get_offset_text().set_fontsize(7)
+    panel.locator_params(axis="x", nbins=4, integer=True)
+    panel.locator_params(axis="y", nbins=4)

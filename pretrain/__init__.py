@@ -1,0 +1,1 @@
+"""Student and teacher on shards: networks, objective, loop, export."""

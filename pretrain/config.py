@@ -1,0 +1,120 @@
+"""The config of one training: the tree of its parts' configs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eosin.launch.process import DeviceName, PrecisionName
+from eosin.launch.run_dir import WandbMode
+from eosin.pretrain.attention import AttentionName
+from eosin.pretrain.augment import AugmentConfig
+from eosin.pretrain.distill import ObjectiveConfig
+from eosin.pretrain.loader import LoaderConfig
+from eosin.pretrain.masking import MaskConfig
+from eosin.pretrain.optim import OptimConfig
+from eosin.pretrain.schedules import Schedule
+from eosin.pretrain.vit import VitConfig
+
+MAY_CHANGE = frozenset(
+    {
+        "out",
+        "shards",
+        "loader",
+        "device",
+        "threads",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "wandb",
+    }
+)
+"""Config keys that a resumed run may be given anew: none of them touches what is learned, but for
+the rounding of another device or number of threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One training; `--config pretrain/…` gives a recipe, `--config size/…` a network."""
+
+    shards: Path
+    """Folder of shards with index.parquet."""
+    out: Path
+    """Run folder; when it exists, the run goes on from its newest checkpoint."""
+    steps: int = 125_000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Tiles a step."""
+    group_size: int = 0
+    """Tiles that share the draws of masks and drop-path; divides batch_size; 0: batch_size."""
+    seed: int = 0
+    """Of weights, order, crops, masks and drop-path."""
+    model: VitConfig = field(default_factory=VitConfig)
+    """The encoder."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The losses and heads."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """The crops."""
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    """The masked patches."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimiser."""
+    momentum: Schedule = field(default_factory=lambda: Schedule(peak=0.992, end=1.0, start=0.992))
+    """Of the teacher's moving average."""
+    temperature: Schedule = field(
+        default_factory=lambda: Schedule(
+            peak=0.07, end=0.07, start=0.04, warmup=0.3, shape="constant"
+        )
+    )
+    """Of the teacher."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of the channels in 0 … 1, subtracted from every crop (ImageNet's by default)."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Of the channels, divided by."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """Worker processes and the budget of damaged records."""
+    device: DeviceName = "auto"
+    """A GPU where there is one."""
+    precision: PrecisionName = "auto"
+    """bf16 where the hardware has it; weights, moments and losses stay fp32."""
+    attention: AttentionName = "auto"
+    """The attention kernel."""
+    threads: int = 0
+    """CPU threads of this process; 0: one a core."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    max_bad_steps: int = 10
+    """Steps with a NaN or Inf in a row after which the run stops; such a step changes nothing."""
+    wandb: WandbMode = "disabled"
+    """Also log to wandb; ``offline`` needs no account."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that contradict each other."""
+        if self.model.image_px != self.augment.global_px:
+            raise ValueError(
+                f"model.image_px={self.model.image_px} must equal "
+                f"augment.global_px={self.augment.global_px}"
+            )
+        for name in ("global_px", "local_px"):
+            if getattr(self.augment, name) % self.model.patch_px:
+                raise ValueError(
+                    f"augment.{name}={getattr(self.augment, name)} is not a multiple of "
+                    f"model.patch_px={self.model.patch_px}"
+                )
+        for name in ("seed", "threads", "group_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.batch_size < 1 or self.batch_size % self.group:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of group_size={self.group_size}"
+            )
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def group(self) -> int:
+        """Samples that share a draw of masks and drop-path."""
+        return self.group_size or self.batch_size

@@ -1,0 +1,62 @@
+"""The projection head of DINO and iBOT: an MLP, a unit-length bottleneck, K prototypes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Shape of a projection head (Caron et al. 2021, arXiv 2104.14294, appendix C)."""
+
+    prototypes: int = 65536
+    """K: outputs of the last layer."""
+    hidden: int = 2048
+    """Channels of the MLP's two hidden layers."""
+    bottleneck: int = 256
+    """Channels that are normalised before the last layer."""
+    last_layer: Literal["weight_norm", "plain"] = "weight_norm"
+    """DINOv2's weight-normed prototypes (trainable gain), or DINOv3's plain linear layer."""
+
+
+class PrototypeHead(nn.Module):
+    """Tokens to prototype logits. Weights are undefined until `initialise` or a loaded state."""
+
+    def __init__(self, width: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.hidden),
+            nn.GELU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.GELU(),
+            nn.Linear(config.hidden, config.bottleneck),
+        )
+        self.last_layer = nn.Linear(config.bottleneck, config.prototypes, bias=False)
+        if config.last_layer == "weight_norm":
+            self.last_gain = nn.Parameter(torch.empty(config.prototypes, 1))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Truncated normal 0.02, zero biases, unit gains; weight-normed rows uniform."""
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                module.bias.zero_()
+        if self.config.last_layer == "weight_norm":
+            bound = self.config.bottleneck**-0.5
+            self.last_layer.weight.uniform_(-bound, bound, generator=generator)
+            self.last_gain.fill_(1.0)
+        else:
+            nn.init.trunc_normal_(self.last_layer.weight, std=0.02, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [M, D] → [M, K]
+        """Logits of every token against every prototype."""
+        x = F.normalize(self.mlp(tokens).float(), dim=-1, eps=1e-6)
+        weight = self.last_layer.weight
+        if self.config.last_layer == "weight_norm":
+            weight = self.last_gain * F.normalize(weight, dim=-1)
+        return F.linear(x.to(weight.dtype), weight)

@@ -1,0 +1,69 @@
+"""What only a GPU can show: fused attention against SDPA, and a bf16 run that exports."""
+
+import itertools
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from eosin.configs.load import load_config
+from eosin.data_curation.shards import ShardConfig, shard
+from eosin.pretrain.attention import Packing, choose_attention, sdpa_attention, xformers_attention
+from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.train import pretrain
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+]
+
+
+def test_xformers_equals_sdpa_forward_and_backward() -> None:
+    pytest.importorskip("xformers")
+    packing = Packing(((4, 261), (16, 54)))
+    shape = (packing.tokens, 6, 64)
+    generator = torch.Generator("cuda").manual_seed(0)
+    results = []
+    for function in (sdpa_attention, xformers_attention):
+        generator.manual_seed(0)
+        q, k, v = (
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+            .requires_grad_()
+            for _ in range(3)
+        )  # fmt: skip
+        out = function(q, k, v, packing)
+        out.float().square().mean().backward()
+        results.append((out, q.grad, k.grad, v.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and theirs is not None
+        scale = theirs.float().abs().max()
+        assert (ours.float() - theirs.float()).abs().max() <= 0.02 * scale  # bf16: 8 bits
+
+
+def test_auto_takes_xformers_in_16_bits_alone() -> None:
+    pytest.importorskip("xformers")
+    cuda = torch.device("cuda")
+    assert choose_attention("auto", cuda, torch.bfloat16) is xformers_attention
+    assert choose_attention("auto", cuda, torch.float32) is sdpa_attention
+
+
+def test_a_bf16_run_learns_resumes_and_exports(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "tiles").mkdir()
+    for i in range(32):
+        image = cv2.resize(rng.integers(0, 255, (6, 6, 3), np.uint8), (96, 96))
+        cv2.imwrite(str(tmp_path / "tiles" / f"{i}.png"), image)
+    shard(ShardConfig(images=tmp_path / "tiles", out=tmp_path / "shards", workers=1))
+    overrides = [
+        f"shards={tmp_path / 'shards'}", f"out={tmp_path / 'run'}", "device=cuda", "batch_size=16",
+        "steps=20", "log_every=1", "checkpoint_every=10", "wandb=disabled",
+    ]  # fmt: skip
+    pretrain(load_config(PretrainConfig, ["pretrain/smoke"], overrides))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 20 and (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
+    losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in lines]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert min(b for _, b in itertools.pairwise(losses)) < losses[0]

@@ -1,0 +1,207 @@
+"""The loop: killed and resumed, bit for bit; NaN steps; refusals."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eosin.configs.errors import ConfigError, EosinError
+from eosin.configs.load import load_config, to_yaml
+from eosin.data_curation.shards import ShardConfig, shard
+from eosin.pretrain.checkpoint import list_checkpoints
+from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.export import ExportConfig, export
+from eosin.pretrain.loader import Batch
+from eosin.pretrain.train import Rates, StepGuard, plan, pretrain
+
+TINY = [
+    "steps=8", "batch_size=4", "group_size=2", "threads=1", "log_every=1", "checkpoint_every=2",
+    "model={width: 32, depth: 2, heads: 2, patch_px: 8, image_px: 32, drop_path: 0.5}",
+    "objective.head={prototypes: 32, hidden: 16, bottleneck: 8}",
+    "augment={global_px: 32, local_px: 16, n_local: 2}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        image = cv2.resize(rng.integers(0, 255, (6, 6, 3), np.uint8), (48, 48))
+        (folder / "tiles").mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / "tiles" / f"{i}.png"), image)
+    shard(ShardConfig(images=folder / "tiles", out=folder / "shards", workers=1))
+    return folder / "shards"
+
+
+def config_for(shards: Path, out: Path, *overrides: str) -> PretrainConfig:
+    return load_config(PretrainConfig, (), [f"shards={shards}", f"out={out}", *TINY, *overrides])
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(run / "checkpoints")[0] / "model.safetensors")
+
+
+def steps_logged(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_trains_exports_and_is_not_done_twice(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(shards, tmp_path / "run")
+    assert "8 steps of 4 tiles from 12 records: 32 tiles, 2.7 epochs" in plan(config)
+    pretrain(config)
+    assert steps_logged(tmp_path / "run") == list(range(1, 9))
+    for name in ("config.yaml", "environment.json", "curves.png", "encoder/model.safetensors"):
+        assert (tmp_path / "run" / name).is_file()
+    earlier = load_file(tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors")
+    name = "teacher.backbone.cls_token"
+    assert not torch.equal(earlier[name], weights(tmp_path / "run")[name])
+    before = (tmp_path / "run" / "encoder" / "SHA256SUMS").read_bytes()
+    export(ExportConfig(run=tmp_path / "run", out=tmp_path / "again"))
+    assert (tmp_path / "again" / "SHA256SUMS").read_bytes() == before
+    pretrain(config)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_killed_runs_end_with_the_same_weights_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    whole = config_for(shards, tmp_path / "whole", "steps=40")
+    pretrain(whole)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (tmp_path / "killed.yaml").write_text(to_yaml(replace(whole, out=killed)))
+    command = [
+        sys.executable, "-m", "eosin.launch.cli", "pretrain",
+        "--config", str(tmp_path / "killed.yaml"),
+    ]  # fmt: skip
+    kills = 0
+    for wanted in (3, 11, 27):  # checkpoints are at even steps, so each kill loses some work
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        metrics = killed / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.is_file() and metrics.read_bytes().count(b"\n") >= wanted:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+    assert kills == 3
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected, got = weights(tmp_path / "whole"), weights(killed)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[k], got[k]) for k in expected)
+    assert steps_logged(killed) == list(range(1, 41))
+    for name in ("model.safetensors", "golden.safetensors", "config.json"):
+        one = (tmp_path / "whole" / "encoder" / name).read_bytes()
+        assert one == (killed / "encoder" / name).read_bytes()
+
+
+def test_another_config_or_other_shards_are_refused_on_resume(shards: Path, tmp_path: Path) -> None:
+    pretrain(config_for(shards, tmp_path / "run"))
+    changed = config_for(shards, tmp_path / "run", "optim.lr.peak=0.5", "log_every=3")
+    with pytest.raises(ConfigError, match=r"optim\.lr\.peak: 0\.001 → 0\.5") as error:
+        pretrain(changed)
+    assert "log_every" not in str(error.value)
+    other = tmp_path / "other"
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for path in sorted((shards.parent / "tiles").iterdir())[:8]:
+        (copies / path.name).write_bytes(path.read_bytes())
+    shard(ShardConfig(images=copies, out=other, workers=1))
+    with pytest.raises(ConfigError, match="trained on other shards"):
+        pretrain(config_for(other, tmp_path / "run"))
+
+
+def test_fewer_tiles_than_a_batch_are_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"12.*64|64.*12"):
+        pretrain(config_for(shards, tmp_path / "run", "batch_size=64"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("batch_size=3", "batch_size=3 must be a multiple of group_size=2"),
+        ("augment.global_px=64", "model.image_px=32 must equal augment.global_px=64"),
+        ("augment.local_px=20", "not a multiple of model.patch_px=8"),
+        ("steps=0", "steps=0 must be at least 1"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(
+    shards: Path, tmp_path: Path, override: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config_for(shards, tmp_path, override)
+
+
+def test_a_bad_step_is_skipped_written_down_and_a_storm_stops_the_run(tmp_path: Path) -> None:
+    guard = StepGuard(tmp_path / "bad.jsonl", limit=2, count=5)
+    empty = torch.zeros(0)
+    batch = Batch(7, empty, empty, rows=torch.tensor([3, 1]), damaged={})
+    good, nan = torch.tensor(1.0), torch.tensor(float("nan"))
+    assert guard.allows(batch, good, torch.ones(2)) and guard.count == 5
+    assert not guard.allows(batch, nan, torch.ones(2)) and guard.count == 6
+    assert guard.allows(batch, good, torch.ones(2))
+    assert not guard.allows(batch, good, torch.tensor([1.0, float("inf")]))
+    with pytest.raises(EosinError, match="2 steps in a row gave a NaN or Inf"):
+        guard.allows(batch, nan, torch.ones(2))
+    lines = (tmp_path / "bad.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 7, "rows": [3, 1]}] * 3
+
+
+def test_a_nan_step_changes_nothing(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eosin.pretrain import train as module
+
+    real = module.forward
+
+    def poisoned(config, model, batch, *rest):  # type: ignore[no-untyped-def]
+        losses, outputs = real(config, model, batch, *rest)
+        if batch.step == 1:
+            losses = losses._replace(total=losses.total * float("nan"))
+        return losses, outputs
+
+    monkeypatch.setattr(module, "forward", poisoned)
+    pretrain(
+        config_for(shards, tmp_path / "run", "steps=3", "checkpoint_every=1", "keep_checkpoints=3")
+    )
+    folders = list_checkpoints(tmp_path / "run" / "checkpoints")[::-1]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, two, three = (load_file(folder / name) for folder in folders)
+        assert all(torch.equal(one[k], two[k]) for k in one)
+        assert not all(torch.equal(two[k], three[k]) for k in two)
+
+
+def test_learning_rate_scales_with_the_root_of_the_batch(shards: Path, tmp_path: Path) -> None:
+    config = config_for(shards, tmp_path, "optim.lr_reference_batch=16", "optim.lr.warmup=0")
+    assert Rates.at(config, 0).lr == pytest.approx(1e-3 * (4 / 16) ** 0.5)
+    assert Rates.at(config, 0).freeze_last and not Rates.at(config, 1).freeze_last
+
+
+def test_wandb_offline_writes_its_files_into_the_run(shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    config = config_for(shards, tmp_path / "run", "steps=2", "wandb=offline")
+    command = [
+        sys.executable,
+        "-m",
+        "eosin.launch.cli",
+        "pretrain",
+        "--config",
+        str(tmp_path / "c.yaml"),
+    ]
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
