@@ -30,6 +30,8 @@ class Verb:
     """Config key that a bare argument fills."""
     plan: str = ""
     """Name of the function in `module` that answers ``--dry-run`` with a text."""
+    options: tuple[str, ...] = ()
+    """Config keys that ``--key VALUE`` fills, too."""
 
 
 VERBS: dict[str, Verb] = {
@@ -95,6 +97,15 @@ VERBS: dict[str, Verb] = {
         "encoder on labelled tiles to results.json and report.html, floors beside it",
         "eosin eval encoder=runs/first/encoder task.tiles=/data/labels.csv out=runs/first/eval",
         plan="plan",
+    ),
+    "bench step": Verb(
+        "eosin.launch.bench_step",
+        "BenchStepConfig",
+        "bench_step",
+        "a training step against a plain one: tiles/s, FLOP/s, memory, and time by part",
+        "eosin bench step model.drop_path=0.3 threads=1 --json step.json",
+        plan="plan",
+        options=("json",),
     ),
 }
 
@@ -178,6 +189,12 @@ def _parse(arguments: list[str], verb: Verb) -> tuple[list[str], list[str], set[
             files.append(file)
         elif argument.startswith("--config="):
             files.append(argument.removeprefix("--config="))
+        elif argument.startswith("--") and argument[2:].partition("=")[0] in verb.options:
+            key, _, value = argument[2:].partition("=")
+            value = value or next(rest, "")
+            if not value:
+                raise ConfigError(f"--{key} needs a value after it")
+            overrides.append(f"{key}={value}")
         elif argument in ("-h", "--help"):
             flags.add("--help")
         elif argument in ("--print-config", "--dry-run"):

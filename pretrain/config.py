@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from eosin.launch.process import DeviceName, PrecisionName
 from eosin.launch.run_dir import WandbMode
 from eosin.pretrain.attention import AttentionName
 from eosin.pretrain.augment import AugmentConfig
-from eosin.pretrain.distill import ObjectiveConfig
 from eosin.pretrain.loader import LoaderConfig
 from eosin.pretrain.masking import MaskConfig
+from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.optim import OptimConfig
+from eosin.pretrain.prototype_kernels import LossKernelName
+from eosin.pretrain.recompute import Recompute
 from eosin.pretrain.schedules import Schedule
 from eosin.pretrain.vit import VitConfig
 
@@ -21,6 +24,10 @@ MAY_CHANGE = frozenset(
         "loader",
         "device",
         "threads",
+        "attention",
+        "loss_kernels",
+        "compile",
+        "recompute",
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -28,7 +35,9 @@ MAY_CHANGE = frozenset(
     }
 )
 """Config keys that a resumed run may be given anew: none of them touches what is learned, but for
-the rounding of another device or number of threads."""
+the rounding of another device, kernel or number of threads."""
+
+CompileName: TypeAlias = Literal["auto", "blocks", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,8 @@ class PretrainConfig:
     """The masked patches."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser."""
+    spread_ramp: tuple[float, float] = (0.0, 0.0)
+    """Shares of all steps between which the spread term's weight rises from 0 in a line."""
     momentum: Schedule = field(default_factory=lambda: Schedule(peak=0.992, end=1.0, start=0.992))
     """Of the teacher's moving average."""
     temperature: Schedule = field(
@@ -77,16 +88,25 @@ class PretrainConfig:
     """bf16 where the hardware has it; weights, moments and losses stay fp32."""
     attention: AttentionName = "auto"
     """The attention kernel."""
+    loss_kernels: LossKernelName = "auto"
+    """Of the cross-entropies over prototypes."""
+    compile: CompileName = "auto"
+    """torch.compile of each block and head; ``auto`` does it on a GPU."""
+    recompute: Recompute = "none"
+    """What the blocks compute again in the backward instead of keeping it in memory."""
     threads: int = 0
     """CPU threads of this process; 0: one a core."""
     log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl; between them nothing waits for the device."""
+    use_window: int = 100
+    """Steps over which the prototypes in use are counted."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     max_bad_steps: int = 10
-    """Steps with a NaN or Inf in a row after which the run stops; such a step changes nothing."""
+    """Steps with a NaN or Inf in a row after which the run stops; such a step changes nothing, and
+    is looked for every `log_every` steps."""
     wandb: WandbMode = "disabled"
     """Also log to wandb; ``offline`` needs no account."""
 
@@ -110,7 +130,12 @@ class PretrainConfig:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of group_size={self.group_size}"
             )
-        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        low, high = self.spread_ramp
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"spread_ramp={self.spread_ramp} must be two ascending shares in [0, 1]"
+            )
+        for name in ("steps", "log_every", "use_window", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 

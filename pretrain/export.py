@@ -1,11 +1,13 @@
 """The encoder folder: what bare `timm.create_model("local-dir:…", pretrained=True)` loads.
 
-The `architecture` named in ``config.json`` is a timm entry point that already sets the feed-forward
-(GELU or SwiGLU) and registers; every size is overridden in `model_args`, so no argument is needed.
+The `architecture` named in ``config.json`` is a timm entry point that already sets what JSON cannot
+(layer classes and their epsilon); every size is overridden in `model_args`, so no argument is
+needed.
 """
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ from eosin.pretrain.vit import Tokens, Vit, VitConfig
 
 ARCHITECTURES = {"gelu": "vit_base_patch14_reg4_dinov2", "swiglu": "vit_giant_patch14_reg4_dinov2"}
 """timm entry points whose feed-forward is ours; sizes are overridden."""
+
+ROPE_ARCHITECTURE = "vit_small_patch16_rope_224"
+"""timm's `Eva` whose attention has a bias on its keys, which counts under rotary positions."""
 
 CHECKSUMS = "SHA256SUMS"
 
@@ -103,7 +108,9 @@ def write_encoder(out: Path, model: VitConfig, state: dict[str, Tensor], card: E
         card: provenance and preprocessing.
     """
     # timm has no mask token, and no register token where there are no registers
-    kept = {k: v.float() for k, v in state.items() if k != "mask_token" and v.numel()}
+    kept = {
+        timm_name(model, k): v.float() for k, v in state.items() if k != "mask_token" and v.numel()
+    }
     tile = golden_tile(model.image_px)
     with replacing_folder(out, CHECKSUMS) as partial:
         save_tensors(partial / "model.safetensors", kept, format="pt")
@@ -119,10 +126,18 @@ def write_encoder(out: Path, model: VitConfig, state: dict[str, Tensor], card: E
         write_text(partial / CHECKSUMS, "".join(sums))
 
 
+def timm_name(model: VitConfig, name: str) -> str:
+    """What timm calls one of our tensors."""
+    if model.positions == "rope":  # timm's Eva holds LayerScale in the block itself
+        return name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2")
+    return name
+
+
 def timm_config(model: VitConfig, card: EncoderCard) -> dict[str, Any]:
     """The content of ``config.json``."""
+    rope = model.positions == "rope"
     return {
-        "architecture": ARCHITECTURES[model.ffn],
+        "architecture": ROPE_ARCHITECTURE if rope else ARCHITECTURES[model.ffn],
         "num_classes": 0,
         "num_features": model.width,
         "global_pool": "token",
@@ -132,18 +147,16 @@ def timm_config(model: VitConfig, card: EncoderCard) -> dict[str, Any]:
             "embed_dim": model.width,
             "depth": model.depth,
             "num_heads": model.heads,
-            "mlp_ratio": model.hidden * (2 if model.ffn == "swiglu" else 1) / model.width,
             "init_values": model.layer_scale,
-            "reg_tokens": model.registers,
-            "no_embed_class": True,
-            "dynamic_img_size": True,
+            "dynamic_img_size": any_size(model),
             "global_pool": "token",
+            **(_rope_args(model) if rope else _learned_args(model)),
         },
         "pretrained_cfg": {
             "tag": "eosin",
             "custom_load": False,
             "input_size": [3, model.image_px, model.image_px],
-            "fixed_input_size": False,
+            "fixed_input_size": not any_size(model),
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
@@ -165,9 +178,48 @@ def timm_config(model: VitConfig, card: EncoderCard) -> dict[str, Any]:
     }
 
 
+def any_size(model: VitConfig) -> bool:
+    """Whether timm gives our features at every size: it resamples a table with antialiasing."""
+    return model.positions == "rope" or model.interpolation == "antialias"
+
+
+def _learned_args(model: VitConfig) -> dict[str, Any]:
+    halves = 2 if model.ffn == "swiglu" else 1  # this entry point takes both halves together
+    return {
+        "mlp_ratio": _ratio(model.hidden * halves, model.width),
+        "reg_tokens": model.registers,
+        "no_embed_class": True,
+    }
+
+
+def _rope_args(model: VitConfig) -> dict[str, Any]:
+    return {
+        "mlp_ratio": _ratio(model.hidden, model.width),
+        "swiglu_mlp": model.ffn == "swiglu",
+        "num_reg_tokens": model.registers,
+        "use_fc_norm": False,
+        "rope_type": "dinov3",
+        "rope_temperature": model.rope.base,
+        "rope_grid_indexing": "ij",
+        "rope_rotate_half": True,
+    }
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio of which timm's ``int(width * ratio)`` is exactly `hidden`."""
+    ratio = hidden / width
+    while int(width * ratio) < hidden:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
 def model_card(model: VitConfig, card: EncoderCard) -> str:
     """The folder's README."""
     scale = f"{card.mpp} µm/px" if card.mpp is not None else "not known: the tiles carried none"
+    positions = "learned positions"
+    if model.positions == "rope":
+        positions = f"axial rotary positions of base {model.rope.base:g}"
+    sizes = "" if any_size(model) else " and no other (timm resamples positions in another way)"
     return f"""\
 # Encoder trained with eosin
 
@@ -181,8 +233,8 @@ features = encoder(transform(tile)[None])  # [1, {model.width}]
 | | |
 |---|---|
 | network | ViT, width {model.width}, depth {model.depth}, {model.heads} heads, patch \
-{model.patch_px} px, {model.registers} registers, {model.ffn} |
-| input | {model.image_px} px, mean {list(card.mean)}, std {list(card.std)} |
+{model.patch_px} px, {model.registers} registers, {model.ffn}, {positions} |
+| input | {model.image_px} px{sizes}, mean {list(card.mean)}, std {list(card.std)} |
 | scale of the training tiles | {scale} |
 | training | {card.steps} steps, {card.tiles_seen} tiles seen, shards {card.index_digest} |
 | features | the CLS token after the final norm; patch tokens start at \

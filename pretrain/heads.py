@@ -1,4 +1,7 @@
-"""The projection head of DINO and iBOT: an MLP, a unit-length bottleneck, K prototypes."""
+"""The projection head of DINO and iBOT: an MLP, a unit-length bottleneck, K prototypes.
+
+Legend: M tokens, D width, Db bottleneck channels, K prototypes.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +23,12 @@ class HeadConfig:
     """Channels that are normalised before the last layer."""
     last_layer: Literal["weight_norm", "plain"] = "weight_norm"
     """DINOv2's weight-normed prototypes (trainable gain), or DINOv3's plain linear layer."""
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that are not positive."""
+        for name in ("prototypes", "hidden", "bottleneck"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 class PrototypeHead(nn.Module):
@@ -53,10 +62,30 @@ class PrototypeHead(nn.Module):
         else:
             nn.init.trunc_normal_(self.last_layer.weight, std=0.02, generator=generator)
 
+    def bottleneck(self, tokens: Tensor) -> Tensor:  # [M, D] → [M, Db]
+        """Unit-length tokens before the last layer, fp32.
+
+        The norm is kept off zero by 1e-12, or 1e-6 where the MLP computes in fp16 (DINOv2,
+        layers/dino_head.py).
+        """
+        x: Tensor = self.mlp(tokens)
+        eps = 1e-6 if x.dtype == torch.float16 else 1e-12
+        return F.normalize(x.float(), dim=-1, eps=eps)
+
+    def prototypes(self) -> Tensor:  # [K, Db]
+        """The last layer's effective rows, fp32: gain · v / |v| where it is weight-normed.
+
+        Differentiable; compute it once a step, and give it to every loss of this head.
+        """
+        weight = self.last_layer.weight.float()
+        if self.config.last_layer == "plain":
+            return weight
+        length = torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-12)
+        rows: Tensor = weight * (self.last_gain.float() / length)
+        return rows
+
     def forward(self, tokens: Tensor) -> Tensor:  # [M, D] → [M, K]
-        """Logits of every token against every prototype."""
-        x = F.normalize(self.mlp(tokens).float(), dim=-1, eps=1e-6)
-        weight = self.last_layer.weight
-        if self.config.last_layer == "weight_norm":
-            weight = self.last_gain * F.normalize(weight, dim=-1)
-        return F.linear(x.to(weight.dtype), weight)
+        """Logits of every token against every prototype, fp32; for a small K."""
+        x, weight = self.bottleneck(tokens), self.prototypes()
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight)

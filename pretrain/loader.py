@@ -24,6 +24,7 @@ from eosin.configs.errors import ConfigError, EosinError
 from eosin.data_curation.shard_reader import RecordError, ShardReader
 from eosin.pretrain.augment import AugmentConfig, draw_view, render_view
 from eosin.pretrain.order import locate, sample_at
+from eosin.pretrain.upload import upload
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where batches cross from a worker to the trainer on Linux."""
@@ -121,7 +122,7 @@ def normalise(
     """
     scale = 1 / (255 * torch.tensor(std, dtype=torch.float32))
     shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
-    scale, shift = (part.view(3, 1, 1).to(crops.device) for part in (scale, shift))
+    scale, shift = (upload(part.view(3, 1, 1), crops.device) for part in (scale, shift))
     return torch.addcmul(shift, crops.float(), scale).to(dtype)
 
 

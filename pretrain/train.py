@@ -4,40 +4,42 @@ Every draw is a function of (seed, step), so a run that was killed goes on from 
 checkpoint and ends with the same weights, bit for bit on a CPU.
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from eosin.configs.errors import ConfigError, EosinError
+from eosin.configs.errors import ConfigError
 from eosin.data_curation.shard_reader import ShardReader
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
-from eosin.launch.curves import loss_curves
 from eosin.launch.process import choose_device, choose_precision, usable_cores
 from eosin.launch.progress import Meter
 from eosin.launch.run_dir import Metrics, check_unchanged, record_run
-from eosin.pretrain.attention import choose_attention, sdpa_attention
+from eosin.pretrain.attention import choose_attention
+from eosin.pretrain.backbone_weights import load_backbone
 from eosin.pretrain.checkpoint import TrainState, list_checkpoints, load_newest, save_checkpoint
 from eosin.pretrain.config import MAY_CHANGE, PretrainConfig
-from eosin.pretrain.diagnostics import measure_health
-from eosin.pretrain.distill import Distiller, Losses, Network, Outputs
+from eosin.pretrain.distill import Distiller, Losses, Outputs, StepRates
 from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.export import CHECKSUMS, EncoderCard, write_encoder
+from eosin.pretrain.gram import gram_active, gram_refresh_due
 from eosin.pretrain.loader import Batch, batches, normalise
 from eosin.pretrain.masking import draw_masks
-from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates
+from eosin.pretrain.network import Network
+from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
+from eosin.pretrain.positions import Jitter
+from eosin.pretrain.prototype_kernels import choose_kernels
+from eosin.pretrain.step_guard import StepGuard
+from eosin.pretrain.upload import upload
 
 
 def plan(config: PretrainConfig) -> str:
     """What `pretrain` would do, for ``--dry-run``."""
     reader = ShardReader(config.shards)
     with torch.device("meta"):
-        network = Network(config.model, config.objective, sdpa_attention)
+        network = Network(config.model, config.objective)
     backbone = sum(p.numel() for p in network.backbone.parameters())
     total = sum(p.numel() for p in network.parameters())
     seen = config.steps * config.batch_size
@@ -69,16 +71,14 @@ def pretrain(config: PretrainConfig) -> None:
     torch.set_num_threads(config.threads or usable_cores())
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
-    attention = choose_attention(config.attention, device, dtype)
-    model = Distiller(config.model, config.objective, attention, config.seed).to(device)
+    model, choices = build_model(config, device, dtype)
     optimizer = build_optimizer(model.student, config.model.depth, config.optim)
     state = resume(config, model, optimizer, reader)
     record_run(config.out, config)
-    print(
-        f"{device.type}, {dtype}, {attention.__name__}, {len(reader)} records, "
-        f"step {state.step} of {config.steps}"
-    )
+    print(f"{choices}, {len(reader)} records, step {state.step} of {config.steps}")
     train(config, model, optimizer, state, device, dtype)
+    from eosin.launch.curves import loss_curves  # here: drawing takes seconds to import
+
     loss_curves(config.out / "metrics.jsonl", config.out / "curves.png")
     card = EncoderCard(
         steps=config.steps,
@@ -90,6 +90,24 @@ def pretrain(config: PretrainConfig) -> None:
     )
     write_encoder(encoder, config.model, model.teacher.backbone.state_dict(), card)
     mark_done(config.out / "done.json", stamp, steps=config.steps)
+
+
+def build_model(
+    config: PretrainConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Distiller, str]:
+    """Student and teacher on the device, with the kernels that suit it; and what was chosen."""
+    attention = choose_attention(config.attention, device, dtype)
+    kernels = choose_kernels(config.loss_kernels, device, dtype)
+    model = Distiller(config.model, config.objective, attention, kernels, config.group, config.seed)
+    if config.objective.gram.frozen_from is not None and config.objective.gram.weight > 0:
+        load_backbone(model.gram_teacher, config.objective.gram.frozen_from)
+    model.to(device)
+    model.student.backbone.recompute(config.recompute)
+    compiled = config.compile == "blocks" or (config.compile == "auto" and device.type == "cuda")
+    if compiled:
+        model.compile()
+    names = (device.type, str(dtype), attention.__name__, type(kernels).__name__)
+    return model, ", ".join((*names, "compiled" if compiled else "eager"))
 
 
 def resume(
@@ -133,7 +151,15 @@ def train(
         first_step=state.step,
         last_step=config.steps,
     )
-    guard = StepGuard(config.out / "bad_steps.jsonl", config.max_bad_steps, state.bad_steps)
+    parts = dict(model.student.named_children())
+    guard = StepGuard(
+        config.out / "bad_steps.jsonl",
+        limit=config.max_bad_steps,
+        count=state.bad_steps,
+        first_step=state.step,
+        terms=Losses._fields,
+        modules=list(parts),
+    )
     clock = Clock()
     tiles, done_tiles = config.steps * config.batch_size, state.step * config.batch_size
     with (
@@ -144,27 +170,32 @@ def train(
             for reason in batch.damaged.values():
                 print(f"warning at step {batch.step}: {reason}; another record stands in for it")
             rates = Rates.at(config, batch.step)
+            if gram_refresh_due(batch.step, config.objective.gram):
+                model.refresh_gram_teacher()
             losses, outputs = forward(config, model, batch, rates, device, dtype)
             optimizer.zero_grad()
             losses.total.backward()
-            norms = clip_gradients(model.student.children(), config.optim.clip_norm)
-            allowed = guard.allows(batch, losses.total, norms)
-            if allowed:
-                set_rates(optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
-                optimizer.step()
-                model.update_teacher(rates.momentum)
+            norms = clip_gradients(parts.values(), config.optim.clip_norm, config.optim.clip)
+            bad = guard.judge(batch.step, batch.rows, torch.stack(losses), norms)
+            set_rates(optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
+            step_unless_bad(optimizer, bad)
+            model.update_teacher(outputs, rates.momentum, bad)
+            targets = model.record_use(batch.step, outputs, bad)
 
             done = batch.step + 1
-            if allowed and (done % config.log_every == 0 or done == config.steps):
-                health = measure_health(outputs)
-                warmed_up = done > config.optim.lr.warmup * config.steps
-                if warmed_up and (alarm := health.alarm(config.batch_size)):
-                    print(f"warning at step {done}: {alarm}")
-                values = step_values(model.student, losses, rates, norms)
+            logs = done % config.log_every == 0 or done == config.steps
+            saves = done % config.checkpoint_every == 0 or done == config.steps
+            look = guard.look() if logs or saves else None
+            if logs and look and look.values:
+                health = model.health(batch.step, outputs, targets, config.use_window).read()
+                if done > config.optim.lr.warmup * config.steps:
+                    for alarm in health.alarms():
+                        print(f"warning at step {done}: {alarm}")
+                values = {"loss": look.values["total"], **step_values(config, look.values, rates)}
                 metrics.write(done, values | health.values() | clock.lap(config.batch_size))
                 meter.note = f"loss {values['loss']:.3f}"
             meter.advance(config.batch_size, meter.note)
-            if done % config.checkpoint_every == 0 or done == config.steps:
+            if saves:
                 now = replace(state, step=done, bad_steps=guard.count)
                 save_checkpoint(
                     config.out / "checkpoints", model, optimizer, now, config.keep_checkpoints
@@ -178,6 +209,7 @@ class Rates(NamedTuple):
     weight_decay: float
     momentum: float
     temperature: float
+    spread: float
     freeze_last: bool
 
     @classmethod
@@ -190,8 +222,14 @@ class Rates(NamedTuple):
             weight_decay=optim.weight_decay.at(step, total),
             momentum=config.momentum.at(step, total),
             temperature=config.temperature.at(step, total),
-            freeze_last=step < optim.freeze_last_layer * total,
+            spread=_ramp(step / total, *config.spread_ramp),
+            freeze_last=optim.last_layer_frozen(step, total),
         )
+
+
+def _ramp(progress: float, low: float, high: float) -> float:
+    """0 up to `low`, 1 from `high` on, a line between them."""
+    return min(max((progress - low) / (high - low), 0.0), 1.0) if low < high else 1.0
 
 
 def forward(
@@ -216,65 +254,39 @@ def forward(
     drop = None
     if config.model.drop_path > 0:
         drop = DropPath(config.model.drop_path, config.seed, batch.step, config.group)
+    jitter = Jitter(config.seed, batch.step)
+    gram = gram_active(batch.step, config.objective.gram)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         crops = [
-            normalise(c.to(device, non_blocking=True), config.mean, config.std, torch.float32)
+            normalise(upload(c, device), config.mean, config.std, torch.float32)
             for c in (batch.global_crops, batch.local_crops)
         ]
-        out: tuple[Losses, Outputs] = model(*crops, masks, rates.temperature, drop)
+        step_rates = StepRates(rates.temperature, rates.spread, gram)
+        out: tuple[Losses, Outputs] = model(*crops, masks, step_rates, drop, jitter)
     return out
 
 
 def step_values(
-    student: nn.Module, losses: Losses, rates: Rates, norms: Tensor
+    config: PretrainConfig, figures: dict[str, float], rates: Rates
 ) -> dict[str, float]:
-    """The scalars of one step for metrics.jsonl; waits for the device."""
-    terms = {name: float(value.detach()) for name, value in losses._asdict().items()}
-    names = [f"grad_norm_{name}" for name, _ in student.named_children()]
+    """The scalars of one step for metrics.jsonl, without terms that the objective has not."""
+    o = config.objective
+    off = {
+        "total": True,
+        "dino_global": o.dino == 0,
+        "dino_local": o.dino == 0,
+        "ibot": o.ibot == 0,
+        "jepa": o.jepa.weight == 0,
+        "spread": o.spread.weight == 0,
+        "gram": o.gram.weight == 0,
+    }
     return {
-        "loss": terms.pop("total"),
-        **terms,
+        **{name: value for name, value in figures.items() if not off.get(name, False)},
         "lr": rates.lr,
         "weight_decay": rates.weight_decay,
         "momentum": rates.momentum,
         "temperature": rates.temperature,
-        **dict(zip(names, norms.tolist(), strict=True)),
     }
-
-
-class StepGuard:
-    """Keeps steps with a NaN or Inf from touching weights, moments and teacher.
-
-    Args:
-        path: where the rows of such batches are written down, one JSON object a line.
-        limit: bad steps in a row after which training stops.
-        count: bad steps before this call.
-    """
-
-    def __init__(self, path: Path, limit: int, count: int) -> None:
-        self.path, self.limit, self.count = path, limit, count
-        self._in_a_row = 0
-
-    def allows(self, batch: Batch, loss: Tensor, norms: Tensor) -> bool:
-        """Whether the step may be taken.
-
-        Raises:
-            EosinError: the limit of bad steps in a row is reached.
-        """
-        if bool(torch.isfinite(loss) & torch.isfinite(norms).all()):
-            self._in_a_row = 0
-            return True
-        self.count += 1
-        self._in_a_row += 1
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": batch.step, "rows": batch.rows.tolist()}) + "\n")
-        if self._in_a_row >= self.limit:
-            raise EosinError(
-                f"{self._in_a_row} steps in a row gave a NaN or Inf, up to step {batch.step}; the "
-                f"weights are those before them. Give a lower optim.lr and another out=; the rows "
-                f"are in {self.path}"
-            )
-        return False
 
 
 class Clock:

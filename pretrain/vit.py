@@ -3,22 +3,30 @@
 Parameters carry timm's names and the CLS token has no position of its own (timm's
 `no_embed_class`), so an export is a plain copy. All crops of a step run as one packed stream.
 Legend: B sequences of a crop group, N patches a sequence, P prefix tokens (CLS + registers),
-D width, T tokens of the stream.
+D width, T tokens of the stream, R wanted rows.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eosin.pretrain.attention import AttentionFn, Packing, sdpa_attention
+from eosin.pretrain.block import NORM_EPS, Block, LayerScale
 from eosin.pretrain.drop_path import DropPath
-
-NORM_EPS = 1e-6  # timm's and DINOv2's; torch's own default is 1e-5
+from eosin.pretrain.positions import (
+    Interpolation,
+    Jitter,
+    RopeConfig,
+    learned_positions,
+    rope_angles,
+    turns,
+)
+from eosin.pretrain.recompute import Recompute
+from eosin.pretrain.stream import plan_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +49,22 @@ class VitConfig:
     """Feed-forward: GELU MLP, or SwiGLU with DINOv2's hidden size."""
     mlp_ratio: float = 4.0
     """Hidden size of the feed-forward over width (before SwiGLU's two thirds)."""
+    swiglu_multiple: int = 8
+    """SwiGLU's hidden size is rounded up to a multiple of this: 8 in DINOv2, 64 in DINOv3's 7B."""
     layer_scale: float = 1e-5
     """Initial LayerScale (Touvron et al. 2021, arXiv 2103.17239)."""
     drop_path: float = 0.0
     """Share of samples that skip each residual branch in training, by batch subset."""
+    positions: Literal["learned", "rope"] = "learned"
+    """How a patch knows its place: a learned table, or axial rotary positions in every block."""
+    interpolation: Interpolation = "antialias"
+    """How the learned table is resampled for other crops (`positions.learned_positions`)."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """The rotary positions and their jitter; of no effect on a learned table."""
 
     def __post_init__(self) -> None:
         """Refuses shapes that do not fit together."""
-        for name in ("width", "depth", "heads", "patch_px", "image_px"):
+        for name in ("width", "depth", "heads", "patch_px", "image_px", "swiglu_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.width % self.heads:
@@ -61,6 +77,13 @@ class VitConfig:
             raise ValueError(f"registers={self.registers} must lie in 0 … 8")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path} must lie in [0, 1)")
+        if self.hidden < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves the feed-forward no channel")
+        if self.positions == "rope" and self.head_channels % 4:
+            raise ValueError(
+                f"positions=rope needs heads of a multiple of 4 channels, not width={self.width} / "
+                f"heads={self.heads}"
+            )
 
     @property
     def prefix(self) -> int:
@@ -73,10 +96,17 @@ class VitConfig:
         return self.image_px // self.patch_px
 
     @property
+    def head_channels(self) -> int:
+        """C: channels of a head."""
+        return self.width // self.heads
+
+    @property
     def hidden(self) -> int:
         """Hidden channels of the feed-forward (of each half for SwiGLU, DINOv2 layers/swiglu)."""
         hidden = int(self.width * self.mlp_ratio)
-        return (int(hidden * 2 / 3) + 7) // 8 * 8 if self.ffn == "swiglu" else hidden
+        if self.ffn == "gelu":
+            return hidden
+        return -(-int(hidden * 2 / 3) // self.swiglu_multiple) * self.swiglu_multiple
 
 
 @dataclass(frozen=True)
@@ -85,89 +115,6 @@ class Tokens:
 
     cls: Tensor  # [B, D]
     patches: Tensor  # [B, N, D]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention on a packed stream."""
-
-    def __init__(self, config: VitConfig, attention: AttentionFn) -> None:
-        super().__init__()
-        self.heads, self.attention = config.heads, attention
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:  # [T, D] → [T, D]
-        """Attends within each sequence of the packing."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each [T, H, C]
-        out: Tensor = self.proj(self.attention(q, k, v, packing).flatten(1))
-        return out
-
-
-class Mlp(nn.Module):
-    """The feed-forward: GELU MLP, or SwiGLU packed as timm's (gate first)."""
-
-    def __init__(self, config: VitConfig) -> None:
-        super().__init__()
-        self.gated = config.ffn == "swiglu"
-        self.fc1 = nn.Linear(config.width, config.hidden * (2 if self.gated else 1))
-        self.fc2 = nn.Linear(config.hidden, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:  # [T, D] → [T, D]
-        """Applies the feed-forward to every token."""
-        hidden = self.fc1(x)
-        if self.gated:
-            gate, value = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * value
-        else:
-            hidden = F.gelu(hidden)
-        out: Tensor = self.fc2(hidden)
-        return out
-
-
-class LayerScale(nn.Module):
-    """One learned factor a channel on a residual branch."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scales the channels of x, [T, D]."""
-        return x * self.gamma
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, config: VitConfig, index: int, attention: AttentionFn) -> None:
-        super().__init__()
-        self.index = index
-        self.norm1 = nn.LayerNorm(config.width, eps=NORM_EPS)
-        self.attn = Attention(config, attention)
-        self.ls1 = LayerScale(config.width)
-        self.norm2 = nn.LayerNorm(config.width, eps=NORM_EPS)
-        self.mlp = Mlp(config)
-        self.ls2 = LayerScale(config.width)
-
-    def forward(self, x: Tensor, packing: Packing, drop: DropPath | None, batch: int) -> Tensor:
-        """Adds both branches to x, [T, D]; with `drop`, each to a subset of the sequences."""
-        if drop is None:
-            x = x + self._attention_branch(x, packing)
-            return x + self._mlp_branch(x)
-        rows, kept, scale = _kept_rows(drop, self.index, 0, packing, batch, x.device)
-        branch = self._attention_branch(x.index_select(0, rows), kept)
-        x = x.index_add(0, rows, (branch * scale[:, None]).to(x.dtype))
-        rows, _, scale = _kept_rows(drop, self.index, 1, packing, batch, x.device)
-        branch = self._mlp_branch(x.index_select(0, rows))
-        return x.index_add(0, rows, (branch * scale[:, None]).to(x.dtype))
-
-    def _attention_branch(self, x: Tensor, packing: Packing) -> Tensor:
-        out: Tensor = self.ls1(self.attn(self.norm1(x), packing))
-        return out
-
-    def _mlp_branch(self, x: Tensor) -> Tensor:
-        out: Tensor = self.ls2(self.mlp(self.norm2(x)))
-        return out
 
 
 class PatchEmbed(nn.Module):
@@ -193,10 +140,16 @@ class Vit(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.reg_token = nn.Parameter(torch.empty(1, config.registers, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, width))
+        self.pos_embed = None
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, width))
         self.mask_token = nn.Parameter(torch.empty(1, width))
-        self.blocks = nn.ModuleList(Block(config, i, attention) for i in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.hidden, config.ffn, attention)
+            for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self._compiled = False
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -214,10 +167,37 @@ class Vit(nn.Module):
         fan_in = 3 * self.config.patch_px**2
         bound = 1 / math.sqrt(fan_in)
         self.patch_embed.proj.weight.uniform_(-bound, bound, generator=generator)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
         nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
         nn.init.normal_(self.reg_token, std=1e-6, generator=generator)
         self.mask_token.zero_()
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles every block, each to one graph, when it first runs.
+
+        Blocks of the same shapes share their kernels. All sizes are static but the number of wanted
+        rows, so nothing is compiled again while crops and batch stay as they are.
+
+        Args:
+            backend: of `torch.compile`; ``aot_eager`` traces the same graphs without kernels.
+        """
+        self._compiled = True
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
+
+    def recompute(self, mode: Recompute) -> None:
+        """Sets what the blocks keep for their backward; gradients do not depend on it."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recompute = mode
+
+    def packing(self, sizes: Sequence[tuple[int, int, int]]) -> Packing:
+        """How crop groups lie in the stream, from the (B, H, W) of each; H, W in pixels."""
+        patch = self.config.patch_px
+        return Packing(
+            tuple((n, self.config.prefix + (h // patch) * (w // patch)) for n, h, w in sizes)
+        )
 
     def forward(
         self,
@@ -225,6 +205,7 @@ class Vit(nn.Module):
         masks: Sequence[Tensor | None] | None = None,
         drop: DropPath | None = None,
         batch: int = 0,
+        jitter: Jitter | None = None,
     ) -> list[Tokens]:
         """Encodes crop groups in one packed stream.
 
@@ -233,55 +214,95 @@ class Vit(nn.Module):
             masks: per group, None or which patches the mask token replaces, bool [B, N].
             drop: the step's stochastic depth; None runs every branch in full.
             batch: samples behind the views of a group; needed with `drop` alone.
+            jitter: of the rotary positions; None for the teacher and for evaluation.
 
         Returns:
             Per group the CLS tokens [B, D] and patch tokens [B, N, D].
         """
-        masks = masks or [None] * len(crops)
-        embedded = [self._embed(c, m) for c, m in zip(crops, masks, strict=True)]  # [B, P + N, D]
-        packing = Packing(tuple((x.shape[0], x.shape[1]) for x in embedded))
-        x = torch.cat([x.flatten(0, 1) for x in embedded])  # [T, D]
-        for block in self.blocks:
-            x = block(x, packing, drop, batch)
-        x = self.norm(x)
-        parts = x.split([count * length for count, length in packing.groups])
+        x, packing = self._run(crops, masks, None, drop, batch, jitter)
         outputs = []
+        parts = x.split([count * length for count, length in packing.groups])
         for part, group in zip(parts, packing.groups, strict=True):
             tokens = part.unflatten(0, group)  # [B, P + N, D]
             outputs.append(Tokens(cls=tokens[:, 0], patches=tokens[:, self.config.prefix :]))
         return outputs
 
+    def rows(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None,
+        wanted: Tensor,
+        drop: DropPath | None = None,
+        batch: int = 0,
+        jitter: Jitter | None = None,
+    ) -> Tensor:
+        """Normalised output of some rows of the stream alone, [R, D]; equal to `forward`'s.
+
+        The last block's projection and feed-forward, and the final norm, are computed for these
+        rows only. `stream.cls_rows` and `stream.patch_rows` name rows of a `packing`.
+
+        Args:
+            crops: as in `forward`.
+            masks: as in `forward`.
+            wanted: rows of the stream in any order, int64 [R], on the CPU.
+            drop: as in `forward`.
+            batch: as in `forward`.
+            jitter: as in `forward`.
+
+        Raises:
+            ValueError: `wanted` is not on the CPU, not int64, or holds a row that there is not.
+        """
+        return self._run(crops, masks, wanted, drop, batch, jitter)[0]
+
+    def _run(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None,
+        wanted: Tensor | None,
+        drop: DropPath | None,
+        batch: int,
+        jitter: Jitter | None,
+    ) -> tuple[Tensor, Packing]:
+        """Normalised rows, [R, D], and how the whole stream is packed."""
+        config = self.config
+        packing = self.packing([(c.shape[0], c.shape[2], c.shape[3]) for c in crops])
+        tables = []
+        if config.positions == "rope":
+            for group, crop in enumerate(crops):
+                size = crop.shape[2] // config.patch_px, crop.shape[3] // config.patch_px
+                angles = rope_angles(size, config.head_channels, config.rope, jitter, group)
+                tables.append(turns(angles, config.prefix))
+        plan = plan_blocks(
+            packing,
+            config.depth,
+            self.cls_token.device,
+            drop=drop,
+            batch=batch,
+            wanted=wanted,
+            turns=tables,
+        )
+        if self._compiled and wanted is not None:
+            last = plan[-1]  # how many rows are wanted changes from step to step
+            for part in (last.leave, last.project, last.attention_adds, last.mlp_adds):
+                if part is not None:
+                    torch._dynamo.maybe_mark_dynamic(part, 0)
+        masks = masks or [None] * len(crops)
+        embedded = [self._embed(c, m) for c, m in zip(crops, masks, strict=True)]  # [B, P + N, D]
+        x = torch.cat([tokens.flatten(0, 1) for tokens in embedded])  # [T, D]
+        for block, rows in zip(self.blocks, plan, strict=True):
+            x = block(x, rows)
+        return self.norm(x), packing
+
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        patches = self.patch_embed(images)  # [B, h, w, D]
+        # the stream has the parameters' type, fp32 under autocast, whatever the branches have
+        patches = self.patch_embed(images).to(self.cls_token.dtype)  # [B, h, w, D]
         count, height, width, _ = patches.shape
         patches = patches.flatten(1, 2)  # [B, N, D]
         if mask is not None:
-            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
-        patches = patches + self._positions(height, width)
+            patches = torch.where(mask[..., None], self.mask_token, patches)
+        if self.pos_embed is not None:
+            patches = patches + learned_positions(
+                self.pos_embed, self.config.grid, (height, width), self.config.interpolation
+            )
         prefix = torch.cat([self.cls_token, self.reg_token], dim=1).expand(count, -1, -1)
-        return torch.cat([prefix.to(patches.dtype), patches], dim=1)  # [B, P + N, D]
-
-    def _positions(self, height: int, width: int) -> Tensor:
-        """Positions of a height × width grid, [1, N, D]; resampled in fp32 as timm does."""
-        grid = self.config.grid
-        if (height, width) == (grid, grid):
-            return self.pos_embed
-        square = self.pos_embed.float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
-        resized = F.interpolate(
-            square, size=(height, width), mode="bicubic", antialias=True, align_corners=False
-        )
-        return resized.flatten(2).transpose(1, 2)
-
-
-def _kept_rows(
-    drop: DropPath, layer: int, branch: int, packing: Packing, batch: int, device: torch.device
-) -> tuple[Tensor, Packing, Tensor]:
-    """Rows of the stream that a branch computes, their packing, and each row's upscaling."""
-    rows, groups, scales, start = [], [], [], 0
-    for index, (count, length) in enumerate(packing.groups):
-        kept = drop.kept(layer, branch, index, count, batch)
-        rows.append((start + kept[:, None] * length + torch.arange(length)).flatten())
-        groups.append((len(kept), length))
-        scales.append(torch.full((len(kept) * length,), count / len(kept)))
-        start += count * length
-    return torch.cat(rows).to(device), Packing(tuple(groups)), torch.cat(scales).to(device)
+        return torch.cat([prefix, patches], dim=1)  # [B, P + N, D]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: fused attention against SDPA, and a bf16 run that exports."""
+"""What only a GPU can show: a bf16 run that learns, resumes and exports."""
 
 import itertools
 import math
@@ -11,7 +11,6 @@ import torch
 
 from eosin.configs.load import load_config
 from eosin.data_curation.shards import ShardConfig, shard
-from eosin.pretrain.attention import Packing, choose_attention, sdpa_attention, xformers_attention
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.train import pretrain
 
@@ -19,35 +18,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
 ]
-
-
-def test_xformers_equals_sdpa_forward_and_backward() -> None:
-    pytest.importorskip("xformers")
-    packing = Packing(((4, 261), (16, 54)))
-    shape = (packing.tokens, 6, 64)
-    generator = torch.Generator("cuda").manual_seed(0)
-    results = []
-    for function in (sdpa_attention, xformers_attention):
-        generator.manual_seed(0)
-        q, k, v = (
-            torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
-            .requires_grad_()
-            for _ in range(3)
-        )  # fmt: skip
-        out = function(q, k, v, packing)
-        out.float().square().mean().backward()
-        results.append((out, q.grad, k.grad, v.grad))
-    for ours, theirs in zip(*results, strict=True):
-        assert ours is not None and theirs is not None
-        scale = theirs.float().abs().max()
-        assert (ours.float() - theirs.float()).abs().max() <= 0.02 * scale  # bf16: 8 bits
-
-
-def test_auto_takes_xformers_in_16_bits_alone() -> None:
-    pytest.importorskip("xformers")
-    cuda = torch.device("cuda")
-    assert choose_attention("auto", cuda, torch.bfloat16) is xformers_attention
-    assert choose_attention("auto", cuda, torch.float32) is sdpa_attention
 
 
 def test_a_bf16_run_learns_resumes_and_exports(tmp_path: Path) -> None:

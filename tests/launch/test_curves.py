@@ -43,7 +43,7 @@ def test_words_flags_and_foreign_lines_are_no_curves(tmp_path: Path) -> None:
 def test_a_panel_is_drawn_for_each_quantity_and_none_for_missing_ones(tmp_path: Path) -> None:
     shapes = {}
     for count in (1, 4, 5):
-        names = ("lr", "loss", "koleo", "something_new", "ibot")[:count]
+        names = ("lr", "loss", "spread", "something_new", "ibot")[:count]
         metrics = write_metrics(tmp_path / "m.jsonl", 50, *names)
         loss_curves(metrics, tmp_path / "curves.png")
         with Image.open(tmp_path / "curves.png") as image:

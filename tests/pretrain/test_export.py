@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from eosin.configs.errors import EosinError, InputError
 from eosin.data_curation.torchvision_import import import_timm
 from eosin.pretrain.export import EncoderCard, ExportConfig, export, golden_tile, write_encoder
+from eosin.pretrain.positions import RopeConfig
 from eosin.pretrain.vit import Vit, VitConfig
 
 CARD = EncoderCard(
@@ -28,25 +29,52 @@ def exported(folder: Path, **changes: object) -> Vit:
         }
     )  # fmt: skip
     vit = Vit(config)
-    vit.initialise(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    vit.initialise(generator)
+    with torch.no_grad():  # so that no parameter is at a value that hides it
+        for parameter in vit.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     write_encoder(folder, config, vit.state_dict(), CARD)
     return vit.eval()
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"registers": 0}, {"ffn": "swiglu"}, {"width": 100, "heads": 5, "ffn": "swiglu"}],
+    [
+        {},
+        {"registers": 0},
+        {"ffn": "swiglu"},
+        {"width": 100, "heads": 5, "ffn": "swiglu"},
+        {"positions": "rope"},
+        {"positions": "rope", "ffn": "swiglu", "registers": 8, "rope": RopeConfig(base=30)},
+        {"positions": "rope", "registers": 0, "width": 100, "heads": 5, "swiglu_multiple": 64},
+    ],
 )
 @torch.no_grad()
 def test_bare_timm_loads_it_with_equal_features(tmp_path: Path, changes: dict[str, object]) -> None:
     vit = exported(tmp_path / "encoder", **changes)
     timm = import_timm()
     model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
-    images = torch.randn(4, 3, 32, 32)
-    ours = vit([images])[0]
-    torch.testing.assert_close(model(images), ours.cls, atol=1e-5, rtol=1e-5)
-    tokens = model.forward_features(images)[:, model.num_prefix_tokens :]
-    torch.testing.assert_close(tokens, ours.patches, atol=1e-5, rtol=1e-5)
+    for size in ((32, 32), (48, 24)):
+        images = torch.randn(2, 3, *size)
+        ours = vit([images])[0]
+        torch.testing.assert_close(model(images), ours.cls, atol=1e-5, rtol=1e-5)
+        tokens = model.forward_features(images)[:, model.num_prefix_tokens :]
+        torch.testing.assert_close(tokens, ours.patches, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_that_timm_would_resample_in_another_way_are_exported_for_one_size(
+    tmp_path: Path,
+) -> None:
+    vit = exported(tmp_path / "encoder", interpolation="offset")
+    timm = import_timm()
+    model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images), vit([images])[0].cls, atol=1e-5, rtol=1e-5)
+    with pytest.raises(AssertionError, match="Input height"):
+        model(torch.randn(1, 3, 48, 48))
+    assert "32 px and no other" in (tmp_path / "encoder" / "README.md").read_text()
 
 
 @torch.no_grad()

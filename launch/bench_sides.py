@@ -1,0 +1,174 @@
+"""The two sides of `eosin bench step`: the trainer's step, and the plain one.
+
+Both take the same batches from the same state, and report the same parts. `FastStep` is the one
+place that follows the trainer's loop; nothing of the step itself is written here. Legend: B
+samples, V global views, N patches of a global crop.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from eosin.launch.stopwatch import NoWatch, Watch, watched
+from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.distill import Losses
+from eosin.pretrain.loader import Batch, normalise
+from eosin.pretrain.masking import draw_masks
+from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
+from eosin.pretrain.plain_step import PlainDistiller, clip
+from eosin.pretrain.positions import Jitter
+from eosin.pretrain.step_guard import StepGuard
+from eosin.pretrain.train import Rates, build_model, forward
+
+INPUTS = "inputs"
+TEACHER = "teacher"
+STUDENT = "student"
+LOSSES = "heads and losses"
+BACKWARD = "backward"
+OPTIMISER = "optimiser"
+EMA = "EMA"
+PARTS = (INPUTS, TEACHER, STUDENT, LOSSES, BACKWARD, OPTIMISER, EMA)
+"""Of a step; the networks are their backbones, and our health figures count among the losses."""
+
+
+class Side(Protocol):
+    """A step that can be taken again and again."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Student and teacher."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the student."""
+
+    def take(self, batch: Batch, watch: Watch) -> torch.Tensor:
+        """One whole step; the total loss, not yet waited for."""
+
+
+class FastStep:
+    """The product: model, optimiser, guard and moving averages as `pretrain.train.train` has them.
+
+    Args:
+        config: of the training.
+        device: see `launch.process`.
+        dtype: of the matrix products.
+    """
+
+    def __init__(self, config: PretrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.model, self.choices = build_model(config, device, dtype)
+        self.optimizer = build_optimizer(self.model.student, config.model.depth, config.optim)
+        self.parts = dict(self.model.student.named_children())
+        self._folder = tempfile.TemporaryDirectory()
+        self.guard = StepGuard(
+            Path(self._folder.name) / "bad_steps.jsonl",
+            limit=config.max_bad_steps,
+            count=0,
+            first_step=0,
+            terms=Losses._fields,
+            modules=list(self.parts),
+        )
+        self._watch: Watch = NoWatch()
+        model: Any = self.model  # whose methods are wrapped, on this instance alone
+        for module, method, part in (
+            (model.teacher.backbone, "rows", TEACHER),
+            (model.student.backbone, "rows", STUDENT),
+            (model, "forward", LOSSES),
+        ):
+            setattr(module, method, watched(lambda: self._watch, part, getattr(module, method)))
+
+    def take(self, batch: Batch, watch: Watch) -> torch.Tensor:
+        """See `Side`; the body of the trainer's loop, without its files."""
+        self._watch = watch
+        watch.switch(INPUTS)
+        rates = Rates.at(self.config, batch.step)
+        losses, outputs = forward(self.config, self.model, batch, rates, self.device, self.dtype)
+        watch.switch(BACKWARD)
+        self.optimizer.zero_grad()
+        losses.total.backward()
+        watch.switch(OPTIMISER)
+        optim = self.config.optim
+        norms = clip_gradients(self.parts.values(), optim.clip_norm, optim.clip)
+        bad = self.guard.judge(batch.step, batch.rows, torch.stack(losses), norms)
+        set_rates(self.optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
+        step_unless_bad(self.optimizer, bad)
+        watch.switch(EMA)
+        self.model.update_teacher(outputs, rates.momentum, bad)
+        watch.switch(LOSSES)
+        self.model.record_use(batch.step, outputs, bad)
+        watch.stop()
+        if (batch.step + 1) % self.config.log_every == 0:
+            self.guard.look()
+        return losses.total.detach()
+
+
+class PlainStep:
+    """The baseline: `pretrain.plain_step` in eager torch, from the weights of a `FastStep`.
+
+    Args:
+        fast: the other side, untouched by this one.
+    """
+
+    def __init__(self, fast: FastStep) -> None:
+        self.config, self.device, self.dtype = fast.config, fast.device, fast.dtype
+        config = self.config
+        self.model = PlainDistiller(config.model, config.objective, config.group)
+        self.model.student.load_state_dict(fast.model.student.state_dict())
+        self.model.teacher.load_state_dict(fast.model.teacher.state_dict())
+        self.model.to(self.device)
+        self.optimizer = build_optimizer(self.model.student, config.model.depth, config.optim)
+        self._watch: Watch = NoWatch()
+        model: Any = self.model
+        for module, part in (
+            (model.teacher.backbone, TEACHER),
+            (model.student.backbone, STUDENT),
+            (model, LOSSES),
+        ):
+            module.forward = watched(lambda: self._watch, part, module.forward)
+
+    def take(self, batch: Batch, watch: Watch) -> torch.Tensor:
+        """See `Side`."""
+        self._watch = watch
+        config, step = self.config, batch.step
+        watch.switch(INPUTS)
+        rates = Rates.at(config, step)
+        masks = masks_of(config, step)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            crops = [
+                normalise(
+                    part.to(self.device, non_blocking=True), config.mean, config.std, torch.float32
+                )
+                for part in (batch.global_crops, batch.local_crops)
+            ]
+            losses = self.model(*crops, masks, rates.temperature, Jitter(config.seed, step))
+        watch.switch(BACKWARD)
+        self.optimizer.zero_grad()
+        losses.total.backward()
+        watch.switch(OPTIMISER)
+        clip(self.model.student, config.optim)
+        set_rates(self.optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
+        self.optimizer.step()
+        watch.switch(EMA)
+        self.model.update_teacher(rates.momentum)
+        watch.stop()
+        total: torch.Tensor = losses.total.detach()
+        return total
+
+
+def masks_of(config: PretrainConfig, step: int) -> NDArray[np.bool_]:
+    """The masked patches of a step's global crops, bool [V · B, N]."""
+    return draw_masks(
+        config.masks,
+        seed=config.seed,
+        step=step,
+        groups=range(config.batch_size // config.group),
+        group_size=config.group,
+        views=config.augment.n_global,
+        grid=(config.model.grid, config.model.grid),
+    )

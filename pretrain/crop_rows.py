@@ -1,0 +1,57 @@
+"""Which rows of the token stream the losses read: CLS tokens, and patches of the global crops.
+
+Legend: C global crops, N patches a global crop, M masked patches.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eosin.pretrain.attention import Packing
+from eosin.pretrain.stream import cls_rows, patch_rows
+from eosin.pretrain.upload import upload
+
+
+class CropRows(NamedTuple):
+    """Where the losses read the token stream, all found on the host."""
+
+    mask: Tensor  # bool [C, N], on the device
+    masked: Tensor  # int64 [M], on the device: the masked patches among the C · N
+    weights: Tensor  # fp32 [M], on the device: 1 / (masked patches of the crop) / C
+    teacher: Tensor  # int64, on the CPU: rows of the teacher's stream, CLS tokens before patches
+    student: Tensor  # int64, on the CPU: likewise of the student's, all CLS tokens first
+
+
+def crop_rows(
+    masks: NDArray[np.bool_],
+    teacher: Packing,
+    student: Packing,
+    prefix: int,
+    all_patches: bool,
+    device: torch.device,
+) -> CropRows:
+    """The rows that the losses read.
+
+    Args:
+        masks: masked patches of the global crops, bool [C, N].
+        teacher: the teacher's stream: the global crops.
+        student: the student's stream: the global crops, then the local ones.
+        prefix: tokens before the patches of a sequence.
+        all_patches: whether every global patch is wanted, or the masked ones alone.
+        device: of the networks.
+    """
+    masked = np.flatnonzero(masks)
+    weights = (1 / np.maximum(masks.sum(axis=1), 1) / len(masks))[masked // masks.shape[1]]
+    wanted = np.arange(masks.size) if all_patches else masked
+    arrays = masks, masked, weights.astype(np.float32)
+    mask, rows, row_weights = (upload(torch.from_numpy(array), device) for array in arrays)
+    streams = [
+        torch.from_numpy(
+            np.concatenate([cls_rows(packing), patch_rows(packing, 0, prefix, wanted)])
+        )
+        for packing in (teacher, student)
+    ]
+    return CropRows(mask, rows, row_weights, *streams)

@@ -1,0 +1,204 @@
+"""Floating-point operations of one training step, as a pure function of the config.
+
+Products of matrices, convolution and attention are counted, a multiply-add as two; a backward costs
+two forwards (attention's recomputed scores are not counted, nor what checkpointing computes again).
+`nominal_flops` is the step with nothing left out: what `plain_step` executes. `executed_flops`
+leaves out what the product leaves out: the branches that drop-path skips, and the rows of the last
+block that nothing reads. Legend: B samples, V global views, L local views, N patches of a crop, T
+tokens of a stream, M masked patches, K prototypes, D width, Db bottleneck.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from eosin.pretrain.drop_path import DropPath
+from eosin.pretrain.heads import HeadConfig
+from eosin.pretrain.network import ObjectiveConfig
+from eosin.pretrain.vit import VitConfig
+
+SINKHORN_ITERATIONS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """Sizes of one step."""
+
+    batch: int
+    """B."""
+    global_px: int
+    """Side of a global crop."""
+    local_px: int
+    """Side of a local crop."""
+    n_global: int = 2
+    """V."""
+    n_local: int = 8
+    """L."""
+    masked: int = 0
+    """M, over all global crops of the step."""
+    group_size: int = 0
+    """Samples that share a draw of drop-path; 0: the batch."""
+    held_logits: int = 0
+    """Logits up to which the losses hold a whole matrix (`LossKernels.dense_elements` on the CPU);
+    0: all are streamed, and computed again wherever they are needed."""
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """One part of a step."""
+
+    forward: float
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Both directions."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """All parts of a step."""
+
+    teacher: PartFlops
+    """Its backbone on the global crops."""
+    student: PartFlops
+    """Its backbone on all crops."""
+    heads: PartFlops
+    """The MLPs of both networks' heads, up to the bottleneck."""
+    prototypes: PartFlops
+    """Logits of both networks, each computed once, and the student's gradients."""
+    spread: PartFlops
+    """Cosines between samples."""
+    recomputed: float
+    """Logits and averages that streaming computes beyond `prototypes`."""
+
+    @property
+    def model(self) -> float:
+        """What the step needs: without `recomputed`. The numerator of an MFU."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return sum(part.total for part in parts if isinstance(part, PartFlops))
+
+    @property
+    def hardware(self) -> float:
+        """What the device is given to do: with `recomputed`."""
+        return self.model + self.recomputed
+
+
+def executed_flops(model: VitConfig, objective: ObjectiveConfig, shape: StepShape) -> StepFlops:
+    """What the product's step computes.
+
+    Wanted patches are spread evenly over kept and skipped sequences: their share is the mean one.
+
+    Raises:
+        ValueError: the objective has a Gram or I-JEPA term.
+    """
+    return _step(model, objective, shape, lean=True)
+
+
+def nominal_flops(model: VitConfig, objective: ObjectiveConfig, shape: StepShape) -> StepFlops:
+    """The step with every branch on every row, and each matrix of logits computed once.
+
+    Raises:
+        ValueError: the objective has a Gram or I-JEPA term.
+    """
+    return _step(model, objective, shape, lean=False)
+
+
+def backbone_flops(
+    model: VitConfig,
+    groups: Sequence[tuple[int, int]],
+    kept: float = 1.0,
+    wanted: float | None = None,
+) -> PartFlops:
+    """Forward and backward of a backbone on crop groups.
+
+    Args:
+        model: its shape.
+        groups: (sequences, side in pixels) of each crop group.
+        kept: share of the sequences that each branch runs for.
+        wanted: rows that leave the last block; None: all.
+    """
+    width, hidden = model.width, model.hidden
+    lengths = [(count, (px // model.patch_px) ** 2) for count, px in groups]
+    patches = sum(count * n for count, n in lengths)
+    tokens = sum(count * (n + model.prefix) for count, n in lengths)  # T
+    embed = 2.0 * patches * 3 * model.patch_px**2 * width
+    qkv = 2 * 3 * width**2
+    proj = 2 * width**2
+    ffn = 2 * (3 if model.ffn == "swiglu" else 2) * width * hidden
+    scores = 4.0 * width * sum(count * (n + model.prefix) ** 2 for count, n in lengths)
+    last = tokens if wanted is None else wanted
+    blocks = kept * (
+        model.depth * (tokens * qkv + scores) + ((model.depth - 1) * tokens + last) * (proj + ffn)
+    )
+    # pixels have no gradient, so the embedding's backward is that of its weight alone
+    return PartFlops(embed + blocks, embed + 2 * blocks)
+
+
+def _step(
+    model: VitConfig, objective: ObjectiveConfig, shape: StepShape, *, lean: bool
+) -> StepFlops:
+    if objective.gram.weight > 0 or objective.jepa.weight > 0:
+        raise ValueError("the operations of gram and jepa are not counted; give them no weight")
+    crops, local = shape.batch * shape.n_global, shape.batch * shape.n_local
+    groups = [(crops, shape.global_px), *([(local, shape.local_px)] if local else [])]
+    group_size = shape.group_size or shape.batch
+    kept = 1 / DropPath(model.drop_path, 0, 0, group_size).scale if lean else 1.0
+    student = backbone_flops(model, groups, kept, crops + local + shape.masked if lean else None)
+    teacher = backbone_flops(model, groups[:1], 1.0, crops + shape.masked if lean else None)
+    heads = []
+    if objective.dino > 0:
+        heads.append(_Rows(objective.head, crops, crops + local))
+    if objective.ibot > 0:
+        own = objective.patch_head if objective.separate_heads else None
+        heads.append(_Rows(own or objective.head, shape.masked, shape.masked))
+    spread = 0.0
+    if objective.spread.weight > 0:
+        among = group_size if objective.spread.over == "group" else shape.batch
+        spread = 2.0 * crops * among * model.width
+    return StepFlops(
+        teacher=PartFlops(teacher.forward),
+        student=student,
+        heads=PartFlops(
+            sum(_mlp(model.width, h.head) * (h.teacher + h.student) for h in heads),
+            2 * sum(_mlp(model.width, h.head) * h.student for h in heads),
+        ),
+        prototypes=PartFlops(
+            sum(_logits(h.head) * (h.teacher + h.student) for h in heads),
+            2 * sum(_logits(h.head) * h.student for h in heads),
+        ),
+        # KoLeo's neighbours are found without a gradient; the kernel density has one
+        spread=PartFlops(spread, 2 * spread if objective.spread.kind == "kde" else 0.0),
+        recomputed=sum(_streaming(h, objective, shape.held_logits) for h in heads) if lean else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How many tokens go through a head."""
+
+    head: HeadConfig
+    teacher: int
+    student: int
+
+
+def _streaming(rows: _Rows, objective: ObjectiveConfig, held_logits: int) -> float:
+    """What `prototype_loss` computes beyond one product a matrix of logits and two a gradient."""
+    once, prototypes = _logits(rows.head), rows.head.prototypes
+    holds_targets = rows.teacher * prototypes <= held_logits
+    if holds_targets and rows.student * prototypes <= held_logits:
+        return 0.0
+    scaling = 2 * SINKHORN_ITERATIONS if objective.targets == "sinkhorn" else 1
+    teacher = (1 if holds_targets else scaling) + 2 + 2  # targets; their average; its gradient
+    student = 2 + 2  # the average and its gradient
+    return once * (rows.teacher * (teacher - 1) + rows.student * (student - 3))
+
+
+def _mlp(width: int, head: HeadConfig) -> float:
+    """Of one row through a head's MLP."""
+    return 2.0 * (width * head.hidden + head.hidden**2 + head.hidden * head.bottleneck)
+
+
+def _logits(head: HeadConfig) -> float:
+    """Of one row against every prototype."""
+    return 2.0 * head.bottleneck * head.prototypes

@@ -1,0 +1,100 @@
+"""What is trained: a backbone with the heads that the objective uses; the objective's config.
+
+Legend: M masked patches, K prototypes, D width.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from eosin.pretrain.attention import AttentionFn, sdpa_attention
+from eosin.pretrain.gram import GramConfig
+from eosin.pretrain.heads import HeadConfig, PrototypeHead
+from eosin.pretrain.jepa import JepaConfig, Predictor
+from eosin.pretrain.spread import SpreadConfig
+from eosin.pretrain.vit import Vit, VitConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Which losses, how much of each, and the heads they act on (DINOv2, arXiv 2304.07193)."""
+
+    dino: float = 1.0
+    """Weight of the CLS cross-entropy over pairs of views; 0 turns it off."""
+    local_weight: float = 1.0
+    """Factor on the pairs of a local with a global view (DINOv3 halves it in its Gram stage)."""
+    ibot: float = 1.0
+    """Weight of the masked-patch cross-entropy; 0 turns it off."""
+    targets: Literal["sinkhorn", "centre"] = "sinkhorn"
+    """How the teacher's logits become targets: Sinkhorn-Knopp, or softmax about a moving centre."""
+    centre_momentum: float = 0.9
+    """Of the moving centre (DINO, arXiv 2104.14294, eq. 4); unused by ``sinkhorn``."""
+    spread: SpreadConfig = field(default_factory=SpreadConfig)
+    """The regulariser that keeps the student's CLS features apart."""
+    gram: GramConfig = field(default_factory=GramConfig)
+    """Gram anchoring of the patch tokens."""
+    jepa: JepaConfig = field(default_factory=JepaConfig)
+    """Patch regression, an alternative to iBOT."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """The DINO head, and the iBOT head when they are shared."""
+    patch_head: HeadConfig | None = None
+    """A head of its own for the masked patches; null: they share `head`."""
+
+    def __post_init__(self) -> None:
+        """Refuses weights that are none, and an objective that nothing can be learnt from."""
+        for name in ("dino", "local_weight", "ibot"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
+        if self.dino == self.ibot == self.jepa.weight == 0:
+            raise ValueError(
+                "dino=0, ibot=0 and jepa.weight=0 leave nothing to learn; give one of them a weight"
+            )
+        if not 0 <= self.centre_momentum <= 1:
+            raise ValueError(f"centre_momentum={self.centre_momentum} must lie in [0, 1]")
+
+    @property
+    def separate_heads(self) -> bool:
+        """Whether the masked patches have a head that the CLS tokens do not use."""
+        return self.ibot > 0 and (self.patch_head is not None or self.dino == 0)
+
+    @property
+    def patch_head_name(self) -> str:
+        """The head of the masked patches."""
+        return "patch_head" if self.separate_heads else "head"
+
+    @property
+    def all_patches(self) -> bool:
+        """Whether a loss reads every patch token of the global crops, not the masked alone."""
+        return self.jepa.weight > 0 or self.gram.weight > 0
+
+
+class Network(nn.Module):
+    """Backbone, and the heads that the objective uses; the student and the teacher are one each."""
+
+    head: PrototypeHead
+    patch_head: PrototypeHead
+    predictor: Predictor
+
+    def __init__(
+        self,
+        model: VitConfig,
+        objective: ObjectiveConfig,
+        attention: AttentionFn = sdpa_attention,
+    ) -> None:
+        super().__init__()
+        self.backbone = Vit(model, attention)
+        if objective.dino > 0:
+            self.head = PrototypeHead(model.width, objective.head)
+        if objective.separate_heads:
+            self.patch_head = PrototypeHead(model.width, objective.patch_head or objective.head)
+        if objective.jepa.weight > 0:
+            self.predictor = Predictor(objective.jepa, model.width)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draws all weights, part after part."""
+        for module in self.children():
+            assert isinstance(module, Vit | PrototypeHead | Predictor)
+            module.initialise(generator)

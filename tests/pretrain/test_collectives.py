@@ -1,0 +1,151 @@
+"""Two gloo processes against one process that holds everything.
+
+Run as a script, this file is one of the two processes.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eosin.pretrain.collectives import (
+    gather_rows,
+    identity,
+    lse_over_ranks,
+    mean_over_ranks,
+    sum_over_ranks,
+)
+from eosin.pretrain.spread import SpreadConfig, spread_loss
+
+SPREADS = {
+    "koleo": SpreadConfig(kind="koleo"),
+    "kde": SpreadConfig(kind="kde", include_self=True),
+    "koleo_group": SpreadConfig(kind="koleo", over="group"),
+}
+SHARES = {"uneven": (3, 6), "one_empty": (0, 9), "all_empty": (0, 0)}
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sinkhorn(logits: Tensor, over_ranks: object = identity) -> Tensor:
+    """Targets from the two scaling vectors; columns are summed over the ranks."""
+    assert callable(over_ranks)
+    log_v = torch.zeros(len(logits))
+    for _ in range(3):
+        log_u = -over_ranks(torch.logsumexp(logits + log_v[:, None], dim=0))
+        log_v = -torch.logsumexp(logits + log_u, dim=1)
+    return (logits + log_u + log_v[:, None]).exp()
+
+
+def model() -> torch.nn.Linear:
+    linear = torch.nn.Linear(5, 4)
+    with torch.no_grad():
+        linear.weight.copy_(normal(4, 5, seed=1))
+        linear.bias.zero_()
+    return linear
+
+
+def weighted(rows: Tensor) -> Tensor:
+    """A loss that tells the rows of the whole batch apart."""
+    return (rows.square() * torch.arange(len(rows))[:, None]).sum()
+
+
+def worker(rank: int, store: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    group = dist.new_group([0, 1])
+    assert isinstance(group, dist.ProcessGroup)
+    results: dict[str, Tensor] = {}
+    for name, counts in SHARES.items():
+        logits = 20 * normal(9, 7, seed=2).split([*counts, 9 - sum(counts)])[rank]
+        results[f"sinkhorn_{name}"] = sinkhorn(logits, lse_over_ranks(group))
+    extreme = torch.tensor([[1e4, -1e4, -torch.inf], [0.0, -1e4, -torch.inf]])[rank]
+    results["lse"] = lse_over_ranks(group)(extreme)
+    results["sum"] = sum_over_ranks(group)(extreme[:2])
+    results["mean"] = mean_over_ranks(group)(extreme[:2])
+    mine = normal(8, 5, seed=3).chunk(2)[rank]
+    results["gathered"] = gather_rows(group)(mine)
+    average = mean_over_ranks(group)  # of gradients, as DDP does
+    for name, config in SPREADS.items():
+        linear = model()
+        loss = spread_loss(linear(mine), config, 2, gather_rows(group))
+        loss.backward()
+        results[f"loss_{name}"] = average(loss.detach())
+        results[f"grad_{name}"] = average(linear.weight.grad)
+    linear = model()
+    weighted(gather_rows(group)(linear(mine))).backward()
+    results["grad_weighted"] = average(linear.weight.grad)
+    save_file({k: v.contiguous() for k, v in results.items()}, out)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    outs = [folder / f"{rank}.safetensors" for rank in range(2)]
+    command = [sys.executable, __file__]
+    runs = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder / "store"), str(out)], stderr=subprocess.PIPE
+        )
+        for rank, out in enumerate(outs)
+    ]
+    try:
+        for run in runs:
+            _, errors = run.communicate(timeout=120)  # a deadlock ends here
+            assert run.returncode == 0, errors.decode()
+    finally:
+        for run in runs:
+            run.kill()
+    return [load_file(out) for out in outs]
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_sinkhorn_of_ranks_is_that_of_the_concatenated_rows(
+    ranks: list[dict[str, Tensor]], share: str
+) -> None:
+    parts = [r[f"sinkhorn_{share}"] for r in ranks]
+    assert tuple(map(len, parts)) == SHARES[share]
+    expected = sinkhorn(20 * normal(9, 7, seed=2)[: sum(SHARES[share])])
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_log_sums_sums_and_means_over_ranks(ranks: list[dict[str, Tensor]]) -> None:
+    expected = torch.tensor([1e4, -1e4 + torch.log(torch.tensor(2.0)), -torch.inf])
+    for rank in ranks:
+        torch.testing.assert_close(rank["lse"], expected)
+        assert rank["sum"].tolist() == [1e4, -2e4] and rank["mean"].tolist() == [5e3, -1e4]
+        assert torch.equal(rank["gathered"], normal(8, 5, seed=3))
+
+
+@pytest.mark.parametrize("name", [*SPREADS, "weighted"])
+def test_averaged_gradients_are_those_of_the_concatenated_batch(
+    ranks: list[dict[str, Tensor]], name: str
+) -> None:
+    linear = model()
+    rows = linear(normal(8, 5, seed=3))
+    loss = weighted(rows) if name == "weighted" else spread_loss(rows, SPREADS[name], 2)
+    loss.backward()
+    assert linear.weight.grad is not None and linear.weight.grad.abs().max() > 1e-3
+    for rank in ranks:
+        torch.testing.assert_close(rank[f"grad_{name}"], linear.weight.grad, rtol=1e-4, atol=1e-6)
+        if name != "weighted":
+            torch.testing.assert_close(rank[f"loss_{name}"], loss.detach())
+
+
+def test_without_a_group_nothing_is_asked_of_a_process_group() -> None:
+    assert not dist.is_initialized()
+    x = normal(3, 2, seed=0)
+    for make in (sum_over_ranks, mean_over_ranks, lse_over_ranks, gather_rows):
+        assert make(None)(x) is x
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    worker(int(sys.argv[1]), sys.argv[2], str(Path(sys.argv[3])))
