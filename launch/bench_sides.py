@@ -5,7 +5,6 @@ place that follows the trainer's loop; nothing of the step itself is written her
 samples, V global views, N patches of a global crop.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,16 +57,18 @@ class FastStep:
         config: of the training.
         device: see `launch.process`.
         dtype: of the matrix products.
+        folder: where bad steps are written down.
     """
 
-    def __init__(self, config: PretrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: PretrainConfig, device: torch.device, dtype: torch.dtype, folder: Path
+    ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self.model, self.choices = build_model(config, device, dtype)
         self.optimizer = build_optimizer(self.model.student, config.model.depth, config.optim)
         self.parts = dict(self.model.student.named_children())
-        self._folder = tempfile.TemporaryDirectory()
         self.guard = StepGuard(
-            Path(self._folder.name) / "bad_steps.jsonl",
+            folder / "bad_steps.jsonl",
             limit=config.max_bad_steps,
             count=0,
             first_step=0,

@@ -3,6 +3,7 @@
 import itertools
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -191,8 +192,16 @@ def bench_step(config: BenchStepConfig) -> None:
     torch.set_num_threads(config.threads or usable_cores())
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
-    crops = held_batches(config)
-    fast = FastStep(config.training, device, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        title, rows = compare(config, FastStep(config.training, device, dtype, Path(folder)))
+    if config.loss_prototypes:
+        rows.append(loss_memory_row(config, device))
+    report(title, rows, config.json)
+
+
+def compare(config: BenchStepConfig, fast: FastStep) -> tuple[str, list[Row]]:
+    """How both sides were run, and every row of the step itself."""
+    device, crops = fast.device, held_batches(config)
     plain = PlainStep(fast)
     peaks = [warm_up(side, crops, config.warmup, device) for side in (fast, plain)]
 
@@ -210,13 +219,11 @@ def bench_step(config: BenchStepConfig) -> None:
         rows.append(less_is_better(name, "MiB", *(peak[part] / MIB for peak in peaks)))
     if config.shards is not None:
         rows.append(data_row(config, fast, rows[0].ours, config.repeats * steps))
-    if config.loss_prototypes:
-        rows.append(loss_memory_row(config, device))
     title = (
         f"{fast.choices}, {torch.get_num_threads()} threads, batch {config.batch_size}, medians of "
         f"{config.repeats} x {steps} steps"
     )
-    report(title, rows, config.json)
+    return title, rows
 
 
 def held_batches(config: BenchStepConfig) -> list[Batch]:
@@ -246,10 +253,13 @@ def take_from(crops: Sequence[Batch], first: int, steps: int) -> list[Batch]:
 
 def warm_up(side: Side, crops: Sequence[Batch], steps: int, device: torch.device) -> dict[str, int]:
     """Takes some steps; then one of which it gives the peak bytes of each part, state included."""
-    for batch in take_from(crops, FIRST_STEP, steps):
+    *first, last, watched_one = take_from(crops, FIRST_STEP, steps + 1)
+    for batch in first:
         side.take(batch, NoWatch())
+    side.optimizer.zero_grad()
     state, watch = state_bytes(side.model, side.optimizer), memory_by_part(device)
-    side.take(take_from(crops, FIRST_STEP + steps, 1)[0], watch)
+    side.take(last, NoWatch())  # after which there are gradients, which the watch knows of
+    side.take(watched_one, watch)
     wait_for(device)
     return {part: state + peak for part, peak in watch.peaks.items()}
 

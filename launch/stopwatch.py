@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,12 +108,14 @@ class CudaMemoryByPart:
 
 
 class CpuMemoryByPart:
-    """The same on a CPU, where torch's profiler has seen every allocation.
+    """The same on a CPU, by torch's profiler, from the making of this watch on.
 
-    Resident memory says little there: what is freed stays with the process.
+    Resident memory says little there: what is freed stays with the process. Nor is the freeing seen
+    of what was there before.
     """
 
     def __init__(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would announce itself on stderr
         self._part = ""
         self._range = record_function("")
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -167,10 +170,9 @@ def memory_by_part(device: torch.device) -> CudaMemoryByPart | CpuMemoryByPart:
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that lie between two steps: parameters, buffers, gradients and moments."""
+    """Bytes that are there in any case: parameters, buffers and moments; gradients are not."""
     moments = (value for state in optimizer.state.values() for value in state.values())
-    gradients = (p.grad for p in model.parameters() if p.grad is not None)
-    tensors = itertools.chain(model.parameters(), model.buffers(), gradients, moments)
+    tensors = itertools.chain(model.parameters(), model.buffers(), moments)
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
 
@@ -182,17 +184,23 @@ def inside(watch: Watch, part: str) -> Iterator[None]:
     watch.switch(around)
 
 
-def watched(watch: Callable[[], Watch], part: str, function: Callable[P, T]) -> Callable[P, T]:
+def watched(
+    watch: Callable[[], Watch], part: str, function: Callable[P, T], *, goes_on: bool = False
+) -> Callable[P, T]:
     """`function`, of which each call is a part of what is going on around it.
 
     Args:
         watch: gives the watch at the time of the call.
         part: name.
         function: any.
+        goes_on: whether the part goes on behind the call, until another one begins.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if goes_on:
+            watch().switch(part)
+            return function(*args, **kwargs)
         with inside(watch(), part):
             return function(*args, **kwargs)
 
