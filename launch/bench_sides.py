@@ -23,6 +23,7 @@ from eosin.pretrain.plain_step import PlainDistiller, clip
 from eosin.pretrain.positions import Jitter
 from eosin.pretrain.step_guard import StepGuard
 from eosin.pretrain.train import Rates, build_model, forward
+from eosin.pretrain.upload import upload
 
 INPUTS = "inputs"
 TEACHER = "teacher"
@@ -75,23 +76,16 @@ class FastStep:
             terms=Losses._fields,
             modules=list(self.parts),
         )
-        self._watch: Watch = NoWatch()
-        model: Any = self.model  # whose methods are wrapped, on this instance alone
-        for module, method, part in (
-            (model.teacher.backbone, "rows", TEACHER),
-            (model.student.backbone, "rows", STUDENT),
-            (model, "forward", LOSSES),
-        ):
-            setattr(module, method, watched(lambda: self._watch, part, getattr(module, method)))
+        self.watch: Watch = NoWatch()
+        _watch_forward(self, "rows")
 
     def take(self, batch: Batch, watch: Watch) -> torch.Tensor:
         """See `Side`; the body of the trainer's loop, without its files."""
-        self._watch = watch
+        self.watch = watch
         watch.switch(INPUTS)
         rates = Rates.at(self.config, batch.step)
         losses, outputs = forward(self.config, self.model, batch, rates, self.device, self.dtype)
         watch.switch(BACKWARD)
-        self.optimizer.zero_grad()
         losses.total.backward()
         watch.switch(OPTIMISER)
         optim = self.config.optim
@@ -99,6 +93,7 @@ class FastStep:
         bad = self.guard.judge(batch.step, batch.rows, torch.stack(losses), norms)
         set_rates(self.optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
         step_unless_bad(self.optimizer, bad)
+        self.optimizer.zero_grad()
         watch.switch(EMA)
         self.model.update_teacher(outputs, rates.momentum, bad)
         watch.switch(LOSSES)
@@ -124,42 +119,48 @@ class PlainStep:
         self.model.teacher.load_state_dict(fast.model.teacher.state_dict())
         self.model.to(self.device)
         self.optimizer = build_optimizer(self.model.student, config.model.depth, config.optim)
-        self._watch: Watch = NoWatch()
-        model: Any = self.model
-        for module, part in (
-            (model.teacher.backbone, TEACHER),
-            (model.student.backbone, STUDENT),
-            (model, LOSSES),
-        ):
-            module.forward = watched(lambda: self._watch, part, module.forward)
+        self.watch: Watch = NoWatch()
+        _watch_forward(self, "forward")
 
     def take(self, batch: Batch, watch: Watch) -> torch.Tensor:
         """See `Side`."""
-        self._watch = watch
+        self.watch = watch
         config, step = self.config, batch.step
         watch.switch(INPUTS)
         rates = Rates.at(config, step)
         masks = masks_of(config, step)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             crops = [
-                normalise(
-                    part.to(self.device, non_blocking=True), config.mean, config.std, torch.float32
-                )
+                normalise(upload(part, self.device), config.mean, config.std, torch.float32)
                 for part in (batch.global_crops, batch.local_crops)
             ]
             losses = self.model(*crops, masks, rates.temperature, Jitter(config.seed, step))
         watch.switch(BACKWARD)
-        self.optimizer.zero_grad()
         losses.total.backward()
         watch.switch(OPTIMISER)
         clip(self.model.student, config.optim)
         set_rates(self.optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         watch.switch(EMA)
         self.model.update_teacher(rates.momentum)
         watch.stop()
         total: torch.Tensor = losses.total.detach()
         return total
+
+
+def _watch_forward(side: FastStep | PlainStep, encodes: str) -> None:
+    """Wraps the methods of these very networks, so that a side's watch sees where its forward is.
+
+    Args:
+        side: whose networks.
+        encodes: the backbones' method that the losses call.
+    """
+    model: Any = side.model
+    for backbone, part in ((model.teacher.backbone, TEACHER), (model.student.backbone, STUDENT)):
+        method = getattr(backbone, encodes)
+        setattr(backbone, encodes, watched(lambda: side.watch, part, method))
+    model.forward = watched(lambda: side.watch, LOSSES, model.forward, goes_on=True)
 
 
 def masks_of(config: PretrainConfig, step: int) -> NDArray[np.bool_]:

@@ -154,13 +154,15 @@ def peaks_of_trace(events: Sequence[dict[str, Any]]) -> dict[str, int]:
     )
     peaks: dict[str, int] = {}
     held, next_change = 0, 0
-    for (_, part), (end, _) in zip(parts, [*parts[1:], (math.inf, "")], strict=True):
+    # what comes before the first part counts as held, and is no part's peak
+    for (_, part), (end, _) in itertools.pairwise([(-math.inf, ""), *parts, (math.inf, "")]):
         peak = held
         while next_change < len(changes) and changes[next_change][0] < end:
             held += changes[next_change][1]
             peak = max(peak, held)
             next_change += 1
         peaks[part] = max(peaks.get(part, peak), peak)
+    del peaks[""]
     return peaks
 
 

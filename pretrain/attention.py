@@ -59,14 +59,13 @@ AttentionName: TypeAlias = Literal["auto", "sdpa", "varlen", "xformers"]
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """One `scaled_dot_product_attention` per group of equally long sequences. Runs everywhere."""
-    outputs, start = [], 0
-    for count, length in packing.groups:
-        stop = start + count * length
-        parts = (t[start:stop].unflatten(0, (count, length)) for t in (q, k, v))
-        grouped = [part.transpose(1, 2) for part in parts]  # each [B, H, N, C]
+    outputs = []
+    sizes = [count * length for count, length in packing.groups]
+    # split and not slices: its backward is one concatenation, theirs a zero-filled stream each
+    for group, *parts in zip(packing.groups, *(t.split(sizes) for t in (q, k, v)), strict=True):
+        grouped = [part.unflatten(0, group).transpose(1, 2) for part in parts]  # each [B, H, N, C]
         out = F.scaled_dot_product_attention(*grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-        start = stop
     return torch.cat(outputs)  # [T, H, C]
 
 

@@ -3,7 +3,7 @@
 Legend: C global crops, N patches a global crop, M masked patches.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from eosin.pretrain.attention import Packing
 from eosin.pretrain.stream import cls_rows, patch_rows
 from eosin.pretrain.upload import upload
+
+Patches: TypeAlias = Literal["none", "masked", "all"]
 
 
 class CropRows(NamedTuple):
@@ -30,7 +32,7 @@ def crop_rows(
     teacher: Packing,
     student: Packing,
     prefix: int,
-    all_patches: bool,
+    patches: Patches,
     device: torch.device,
 ) -> CropRows:
     """The rows that the losses read.
@@ -40,12 +42,12 @@ def crop_rows(
         teacher: the teacher's stream: the global crops.
         student: the student's stream: the global crops, then the local ones.
         prefix: tokens before the patches of a sequence.
-        all_patches: whether every global patch is wanted, or the masked ones alone.
+        patches: of the global crops, which ones a loss reads.
         device: of the networks.
     """
     masked = np.flatnonzero(masks)
     weights = (1 / np.maximum(masks.sum(axis=1), 1) / len(masks))[masked // masks.shape[1]]
-    wanted = np.arange(masks.size) if all_patches else masked
+    wanted = {"none": masked[:0], "masked": masked, "all": np.arange(masks.size)}[patches]
     arrays = masks, masked, weights.astype(np.float32)
     mask, rows, row_weights = (upload(torch.from_numpy(array), device) for array in arrays)
     streams = [

@@ -156,14 +156,12 @@ class Distiller(nn.Module):
         seen, stream = (
             body.packing([(len(c), *c.shape[2:]) for c in g]) for g in (crops[:1], crops)
         )
-        rows = crop_rows(
-            masks, seen, stream, body.config.prefix, o.all_patches, global_crops.device
-        )
+        rows = crop_rows(masks, seen, stream, body.config.prefix, o.patches, global_crops.device)
         teacher = self._targets(crops[0], rows, rates.temperature)
         student_masks = [rows.mask, *[None] * (len(crops) - 1)]
         out = body.rows(crops, student_masks, rows.student, drop, batch, jitter)  # [R, D]
         cls, patches = out.tensor_split([n_crops + n_local])
-        masked = patches.index_select(0, rows.masked) if o.all_patches else patches  # [M, D]
+        masked = patches.index_select(0, rows.masked) if o.patches == "all" else patches  # [M, D]
 
         cls_logits, patch_logits = self._logits(self.student, cls, masked)
         zero = out.new_zeros((), dtype=torch.float32)
@@ -174,7 +172,7 @@ class Distiller(nn.Module):
         if patch_logits is not None and teacher.masked is not None:
             ibot = o.ibot * self._masked_patches(patch_logits, teacher.masked, rows.weights)
         grid = tuple(side // body.config.patch_px for side in global_crops.shape[-2:])
-        every = patches.unflatten(0, (n_crops, -1)) if o.all_patches else None  # [C, N, D]
+        every = patches.unflatten(0, (n_crops, -1)) if o.patches == "all" else None  # [C, N, D]
         if o.jepa.weight > 0:
             assert every is not None and teacher.patches is not None
             predicted = self.student.predictor(every, cls[:n_crops], rows.mask, grid)
@@ -218,13 +216,13 @@ class Distiller(nn.Module):
         o = self.objective
         out = self.teacher.backbone.rows([crops], [None], rows.teacher)  # [R, D]
         cls, patches = out.tensor_split([len(crops)])
-        masked = patches.index_select(0, rows.masked) if o.all_patches else patches
+        masked = patches.index_select(0, rows.masked) if o.patches == "all" else patches
         cls_logits, patch_logits = self._logits(self.teacher, cls, masked)
         return _Teacher(
             features=cls,
             cls=self._scaled(cls_logits, "cls", temperature),
             masked=self._scaled(patch_logits, "masked", temperature),
-            patches=patches.unflatten(0, (len(crops), -1)) if o.all_patches else None,
+            patches=patches.unflatten(0, (len(crops), -1)) if o.patches == "all" else None,
         )
 
     def _scaled(self, logits: Logits | None, name: str, temperature: float) -> Targets | None:

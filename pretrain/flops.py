@@ -144,8 +144,9 @@ def _step(
     groups = [(crops, shape.global_px), *([(local, shape.local_px)] if local else [])]
     group_size = shape.group_size or shape.batch
     kept = 1 / DropPath(model.drop_path, 0, 0, group_size).scale if lean else 1.0
-    student = backbone_flops(model, groups, kept, crops + local + shape.masked if lean else None)
-    teacher = backbone_flops(model, groups[:1], 1.0, crops + shape.masked if lean else None)
+    patches = shape.masked if objective.ibot > 0 else 0  # that leave the last block
+    student = backbone_flops(model, groups, kept, crops + local + patches if lean else None)
+    teacher = backbone_flops(model, groups[:1], 1.0, crops + patches if lean else None)
     heads = []
     if objective.dino > 0:
         heads.append(_Rows(objective.head, crops, crops + local))

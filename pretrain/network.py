@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from eosin.pretrain.attention import AttentionFn, sdpa_attention
+from eosin.pretrain.crop_rows import Patches
 from eosin.pretrain.gram import GramConfig
 from eosin.pretrain.heads import HeadConfig, PrototypeHead
 from eosin.pretrain.jepa import JepaConfig, Predictor
@@ -66,9 +67,11 @@ class ObjectiveConfig:
         return "patch_head" if self.separate_heads else "head"
 
     @property
-    def all_patches(self) -> bool:
-        """Whether a loss reads every patch token of the global crops, not the masked alone."""
-        return self.jepa.weight > 0 or self.gram.weight > 0
+    def patches(self) -> Patches:
+        """Which patch tokens of the global crops a loss reads."""
+        if self.jepa.weight > 0 or self.gram.weight > 0:
+            return "all"
+        return "masked" if self.ibot > 0 else "none"
 
 
 class Network(nn.Module):

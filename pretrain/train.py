@@ -173,12 +173,12 @@ def train(
             if gram_refresh_due(batch.step, config.objective.gram):
                 model.refresh_gram_teacher()
             losses, outputs = forward(config, model, batch, rates, device, dtype)
-            optimizer.zero_grad()
             losses.total.backward()
             norms = clip_gradients(parts.values(), config.optim.clip_norm, config.optim.clip)
             bad = guard.judge(batch.step, batch.rows, torch.stack(losses), norms)
             set_rates(optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
             step_unless_bad(optimizer, bad)
+            optimizer.zero_grad()
             model.update_teacher(outputs, rates.momentum, bad)
             targets = model.record_use(batch.step, outputs, bad)
 
