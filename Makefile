@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.eosin-installed
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test test-all check format clean
+.PHONY: help setup demo test test-all gpu check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,13 @@ test: setup  ## the tests (no network, no GPU)
 
 test-all: test  ## the tests and the long campaigns; GPU tests where there is one
 	$(THREADS) $(BIN)/pytest -q -n 2 -m "slow or gpu"
+
+gpu: setup  ## on a GPU: its tests, then the bench of S, B and L/14 into runs/bench_*.json
+	$(BIN)/pytest -q -m gpu
+	mkdir -p runs
+	$(BIN)/eosin bench step --config bench/step_gpu batch_size=128 --json runs/bench_small.json
+	$(BIN)/eosin bench step --config bench/step_gpu --config size/base batch_size=128 model.drop_path=0.2 --json runs/bench_base.json
+	$(BIN)/eosin bench step --config bench/step_gpu --config size/large model.drop_path=0.3 --json runs/bench_large.json
 
 check: setup  ## format, lint, types
 	mkdir -p .cache && ln -sfn .. .cache/eosin

@@ -320,12 +320,16 @@ class Distiller(nn.Module):
             window,
         )
 
-    def compile(self) -> None:
-        """Compiles the blocks and the heads, each to a graph of its own; weights must be there."""
+    def compile(self, backend: str = "inductor") -> None:
+        """Compiles the blocks and the heads' MLPs, each to a graph of its own, when it first runs.
+
+        Args:
+            backend: as in `Vit.compile_blocks`.
+        """
         for network in (self.student, self.teacher):
-            network.backbone.compile_blocks()
+            network.backbone.compile_blocks(backend)
             for name in ("head", "patch_head"):
                 if (head := getattr(network, name, None)) is not None:
-                    head.mlp.compile(fullgraph=True, dynamic=True)
+                    head.mlp.compile(fullgraph=True, dynamic=True, backend=backend)
         if hasattr(self, "gram_teacher"):
-            self.gram_teacher.compile_blocks()
+            self.gram_teacher.compile_blocks(backend)

@@ -31,13 +31,23 @@ class HeadConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
+class HeadMlp(nn.Sequential):
+    """Layers in a row, with a forward of its own: `torch.compile` passes over those of torch."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [M, D] → [M, Db]
+        """Applies every layer."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class PrototypeHead(nn.Module):
     """Tokens to prototype logits. Weights are undefined until `initialise` or a loaded state."""
 
     def __init__(self, width: int, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
-        self.mlp = nn.Sequential(
+        self.mlp = HeadMlp(
             nn.Linear(width, config.hidden),
             nn.GELU(),
             nn.Linear(config.hidden, config.hidden),

@@ -21,6 +21,7 @@ from eosin.pretrain.heads import HeadConfig
 from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.optim import OptimConfig
 from eosin.pretrain.positions import Jitter, learned_positions, rope_angles, rotate, turns
+from eosin.pretrain.upload import upload
 from eosin.pretrain.vit import VitConfig
 
 NORM_EPS = 1e-6
@@ -170,7 +171,7 @@ class PlainVit(nn.Module):
             x = x + learned_positions(self.pos_embed, config.grid, size, config.interpolation)
         else:
             angles = rope_angles(size, config.head_channels, config.rope, jitter, crop_group)
-            rotations = torch.from_numpy(turns(angles, config.prefix)).to(x.device)
+            rotations = upload(torch.from_numpy(turns(angles, config.prefix)), x.device)
         prefix = torch.cat([self.cls_token, self.reg_token], dim=1).expand(len(x), -1, -1)
         x = torch.cat([prefix.to(x.dtype), x], dim=1)
         for block in self.blocks:
@@ -278,8 +279,10 @@ class PlainDistiller(nn.Module):
         o, (views, batch) = self.objective, global_crops.shape[:2]
         images = global_crops.flatten(0, 1)
         mask = torch.from_numpy(masks)
-        rows = mask.flatten().nonzero().squeeze(1).to(images.device)  # [M]
-        weights = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]  # [M]
+        weights = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]
+        found = mask.flatten().nonzero().squeeze(1)
+        # [M], [M], [C, N]: without a wait, as ours are
+        rows, weights, mask = (upload(part, images.device) for part in (found, weights, mask))
 
         with torch.no_grad():
             seen = self.teacher.backbone(images)
@@ -290,7 +293,7 @@ class PlainDistiller(nn.Module):
             if patch_logits is not None:
                 patch_targets = sinkhorn(patch_logits, temperature)
 
-        out = self.student.backbone(images, mask.to(images.device), jitter)
+        out = self.student.backbone(images, mask, jitter)
         cls = out[:, 0]  # [C, D]
         every = cls
         if len(local_crops):
@@ -313,7 +316,7 @@ class PlainDistiller(nn.Module):
                         dino_global = dino_global + pair
         if patch_logits is not None:
             log_p = F.log_softmax(patch_logits / STUDENT_TEMPERATURE, dim=-1)
-            terms = -(patch_targets * log_p).sum(dim=-1) * weights.to(log_p.device)  # [M]
+            terms = -(patch_targets * log_p).sum(dim=-1) * weights  # [M]
             ibot = o.ibot * terms.sum() / (views * batch)
         if o.spread.weight > 0:
             spread = o.spread.weight * sum(

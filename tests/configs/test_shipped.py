@@ -141,6 +141,7 @@ def test_dinov3_has_the_parameters_of_timms_model_with_rotary_positions() -> Non
     assert ours == timm + key_biases + config.width
 
 
+@pytest.mark.pitfall(15)
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipes_rates_are_the_sources_at_the_sources_batch(recipe: str) -> None:
     source = PUBLISHED[recipe]
@@ -163,6 +164,7 @@ def test_uni_is_dinov2_but_for_its_batch() -> None:
     assert replace(uni, batch_size=64, group_size=64) == dinov2
 
 
+@pytest.mark.pitfall(1, 8)
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipes_crops_and_masks_are_drawn_as_in_its_source(recipe: str) -> None:
     config = shipped(recipe, PUBLISHED[recipe].size)

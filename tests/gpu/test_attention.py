@@ -24,6 +24,7 @@ from eosin.pretrain.vit import Vit, VitConfig
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 
 NEEDS_XFORMERS = pytest.mark.skipif(
@@ -42,6 +43,7 @@ def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = BF16) -> None:
     assert float((ours.float() - theirs.float()).abs().max()) <= tolerance * scale
 
 
+@pytest.mark.pitfall(18)
 @pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("groups", [((4, 261), (16, 54)), ((1, 7),), ((3, 1), (2, 300), (5, 64))])
 def test_fused_kernels_equal_sdpa_forward_and_backward(
@@ -141,6 +143,7 @@ def test_recomputing_changes_no_gradient(mode: Recompute, attention: AttentionFn
 
 
 # torch's tracer reads .grad of activations, and hides the warning only where warnings are shown
+@pytest.mark.pitfall(24)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("attention", ALL)

@@ -16,6 +16,9 @@ from eosin.launch.stopwatch import NoWatch
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+    # of torch's compiler, which hides it only where warnings are shown
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
 SMALL = [

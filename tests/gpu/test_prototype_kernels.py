@@ -51,10 +51,11 @@ def test_operations_equal_the_plain_ones(dtype: torch.dtype, rows: int, channels
             close(ours[0], reference[0], tolerance)
             close(ours[1], reference[1], 1e-4)
         row_bias = -plain.log_sum_exp(a, b, bias, 25.0)
-        outs = [torch.ones(len(a), channels, device="cuda") for _ in range(2)]
+        # small, or rounding beside it would outweigh what is added
+        outs = [torch.full((len(a), channels), 0.01, device="cuda") for _ in range(2)]
         for out, kernels in zip(outs, (fused, plain), strict=True):
             kernels.add_weighted(out, a, b, row_bias, bias, 25.0, values)
-            out -= 1
+            out -= 0.01
         close(outs[0], outs[1], tolerance)
 
 
@@ -98,8 +99,9 @@ def test_auto_takes_triton_in_bf16_alone() -> None:
     assert choose_kernels("auto", cuda, torch.float32) == PlainKernels()
 
 
+@pytest.mark.pitfall(24)
 def test_new_row_counts_compile_nothing_new() -> None:
-    """Masked tokens vary from step to step (P24)."""
+    """Masked tokens vary from step to step."""
     triton = pytest.importorskip("triton")
     kernels, compiled = triton_kernels(torch.bfloat16), []
     teacher = [unit(640, 256), unit(8192, 256, seed=1)]

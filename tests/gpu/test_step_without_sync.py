@@ -7,16 +7,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eosin.configs.load import load_config
+from eosin.launch.bench_sides import FastStep
+from eosin.launch.stopwatch import NoWatch
+from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.diagnostics import PrototypeUse, Window, measure_health, rankme
 from eosin.pretrain.ema import update_teacher
+from eosin.pretrain.loader import Batch
 from eosin.pretrain.optim import clip_gradients, step_unless_bad
 from eosin.pretrain.step_guard import StepGuard
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    # of torch's compiler, which hides it only where warnings are shown
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+SIZES = [(2, 224), (8, 98)]  # (views, side in pixels)
 WIDTH, BATCH, PROTOTYPES = 33, 16, 100  # odd: not every tensor is aligned for wide loads
 
 
@@ -104,3 +114,35 @@ def test_health_is_the_cpus() -> None:
         both.append(measured.figures.cpu())
     torch.testing.assert_close(both[0], both[1], rtol=1e-4, atol=1e-4)
     assert rankme(torch.full((4, 3), float("nan"), device="cuda")).isnan()
+
+
+LEAN = ["model.drop_path=0.25", "compile=blocks"]
+EVERY_TERM = [
+    "objective.jepa.weight=1", "objective.gram.weight=1", "objective.targets=centre",
+    "objective.spread.kind=kde", "model.positions=rope", "compile=none",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [LEAN, EVERY_TERM], ids=["lean", "every term"])
+def test_a_whole_step_waits_for_nothing(options: list[str], tmp_path: Path) -> None:
+    """Upload, both networks, all losses, the optimiser, the averages and the use of prototypes."""
+    sizes = [
+        "model.width=128", "model.heads=2", "model.depth=3", "objective.head.prototypes=4096",
+        "batch_size=8", "group_size=4", "log_every=1000", "device=cuda",
+    ]  # fmt: skip
+    paths = [f"shards={tmp_path}", f"out={tmp_path}"]
+    config = load_config(PretrainConfig, [], [*paths, *sizes, *options])
+    torch._dynamo.reset()
+    fast = FastStep(config, torch.device("cuda", 0), torch.bfloat16, tmp_path)
+    crops = [torch.randint(256, (n, 8, 3, px, px), dtype=torch.uint8) for n, px in SIZES]
+    batches = [Batch(step, *crops, torch.arange(8), {}) for step in range(6)]
+    for batch in batches[:4]:  # kernels are made, and memory is held
+        fast.take(batch, NoWatch())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        totals = [fast.take(batch, NoWatch()) for batch in batches[4:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch._dynamo.reset()
+    assert torch.stack(totals).isfinite().all()

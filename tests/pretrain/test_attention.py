@@ -46,6 +46,7 @@ def forward_and_backward(function: AttentionFn, packing: Packing) -> list[Tensor
     return [out.detach(), qkv.grad]
 
 
+@pytest.mark.pitfall(18)
 def test_sdpa_per_group_equals_attention_under_the_block_mask() -> None:
     expected = forward_and_backward(masked_attention, PACKING)
     for ours, theirs in zip(forward_and_backward(sdpa_attention, PACKING), expected, strict=True):

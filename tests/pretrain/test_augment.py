@@ -42,6 +42,7 @@ def assert_rate(applied: list[bool], probability: float) -> None:
     assert abs(np.mean(applied) - probability) <= tolerance
 
 
+@pytest.mark.pitfall(1)
 @pytest.mark.parametrize(
     "blurs", [(0.0, 0.9, 0.5), (1.0, 0.1, 0.5), (0.3, 0.3, 0.3)], ids=["applied", "written", "all"]
 )

@@ -34,6 +34,7 @@ def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.AdamW]:
     return model, optimizer
 
 
+@pytest.mark.pitfall(20)
 def test_a_loaded_run_goes_on_exactly(tmp_path: Path) -> None:
     model, optimizer = trained(0, 3)
     save_checkpoint(tmp_path, model, optimizer, STATE, keep=2)

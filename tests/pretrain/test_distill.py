@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import shutil
 from typing import Any
 
 import naive
@@ -108,6 +109,7 @@ OBJECTIVES: dict[str, tuple[VitConfig, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.pitfall(4, 7)
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("n_local", [0, 3])
 def test_losses_and_gradients_equal_the_naive_reference(name: str, n_local: int) -> None:
@@ -124,6 +126,7 @@ def test_losses_and_gradients_equal_the_naive_reference(name: str, n_local: int)
         assert_near(parameter.grad, state[key].grad, key)
 
 
+@pytest.mark.pitfall(14, 16)
 def test_three_whole_steps_equal_the_naive_reference() -> None:
     """Losses, clipping, AdamW with its groups, the schedules' rates, and the teacher's average."""
     distiller = make()
@@ -188,11 +191,12 @@ ALL_ON = {
 
 
 def combinations() -> list[tuple[str, ...]]:
-    """Every set of losses that are off and leaves something to learn (P23)."""
+    """Every set of losses that are off and leaves something to learn."""
     names = [c for n in range(5) for c in itertools.combinations(SWITCHES, n)]
     return [off for off in names if not {"dino", "ibot", "jepa"} <= set(off)]
 
 
+@pytest.mark.pitfall(7, 23)
 @pytest.mark.parametrize("off", combinations(), ids=lambda off: "-".join(off) or "all on")
 @pytest.mark.parametrize("targets", ["sinkhorn", "centre"])
 def test_any_combination_of_losses_runs(off: tuple[str, ...], targets: str) -> None:
@@ -222,6 +226,7 @@ def hostile(kind: str) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
     return crops, local, masks
 
 
+@pytest.mark.pitfall(4, 5)
 @pytest.mark.parametrize("kind", ["duplicates", "one sample", "no mask", "one patch", "loud"])
 @pytest.mark.parametrize("targets", ["sinkhorn", "centre"])
 @pytest.mark.parametrize("spread", ["koleo", "kde"])
@@ -259,6 +264,7 @@ def test_centres_follow_the_teachers_logits_and_shift_its_targets() -> None:
     assert torch.equal(distiller.masked_centre, before), "no masked patch, no news of them"
 
 
+@pytest.mark.pitfall(16)
 def test_no_gradient_reaches_the_teacher_and_it_follows_the_student() -> None:
     distiller = make(jepa=ALL_ON["jepa"])
     losses, outputs = distiller(*inputs(), StepRates(0.05))
@@ -272,6 +278,7 @@ def test_no_gradient_reaches_the_teacher_and_it_follows_the_student() -> None:
         torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * student[name])
 
 
+@pytest.mark.pitfall(16, 22)
 def test_drop_path_and_jitter_are_the_students_alone() -> None:
     rope = VitConfig(
         width=32, depth=2, heads=2, patch_px=8, image_px=32, registers=2, layer_scale=0.5,
@@ -299,6 +306,68 @@ def test_the_gram_teacher_is_refreshed_on_demand() -> None:
         distiller.gram_teacher.load_state_dict(distiller.student.backbone.state_dict())
     unmasked = np.zeros_like(batch[2])
     assert float(distiller(batch[0], batch[1], unmasked, rates)[0].gram.detach()) < 1e-9
+
+
+def compiled_steps(dynamo: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five whole steps of a compiled and an eager distiller; after the third none compiles."""
+    real, choice = torch.compile, {"backend": backend}
+    with monkeypatch.context() as patched:  # Module.compile asks for it when it is called
+        patched.setattr(torch, "compile", lambda f, **kwargs: real(f, **kwargs | choice))
+        eager, compiled = make(), make()
+        compiled.compile()
+    counts, graphs, rng = set(), 0, np.random.default_rng(0)
+    for step in range(5):
+        crops, local, _ = inputs(seed=step)
+        masks = rng.random((V * B, N)) < 0.05 * (step + 2)
+        counts.add(int(masks.sum()))
+        drop, results = DropPath(0.5, seed=0, step=step, group_size=2), []
+        for distiller in (eager, compiled):
+            distiller.zero_grad()
+            losses, outputs = distiller(crops, local, masks, StepRates(0.05), drop)
+            losses.total.backward()
+            distiller.update_teacher(outputs, 0.9)
+            gradients = {k: p.grad for k, p in distiller.student.named_parameters()}
+            results.append(losses._asdict() | gradients | {"features": outputs.features})
+        for name, expected in results[0].items():
+            assert_near(results[1][name], expected, f"{name} of step {step}")
+        found = dynamo.utils.counters["stats"]["unique_graphs"]
+        assert step < 3 or found == graphs, f"step {step} compiled again"
+        graphs = found
+    assert len(counts) == 5, "masked patches vary from step to step"
+    # of student and teacher each: the first block, the last, the head
+    assert graphs == 6, graphs
+    assert not dynamo.utils.counters["graph_break"]
+
+
+# torch's tracer reads .grad of activations, and hides the warning only where warnings are shown
+@pytest.mark.pitfall(24)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, inside the compiler
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    shutil.which("g++") is None, reason="the compiler of torch needs a C++ one"
+                ),
+            ],
+        ),
+    ],
+)
+def test_a_compiled_step_is_the_eager_one_and_compiles_no_more_after_three(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dynamo = pytest.importorskip("torch._dynamo")
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    try:
+        compiled_steps(dynamo, backend, monkeypatch)
+    finally:
+        dynamo.reset()
 
 
 def test_health_sees_a_collapse() -> None:

@@ -19,6 +19,7 @@ class Network(nn.Module):
         self.register_buffer("count", torch.tensor(seed))
 
 
+@pytest.mark.pitfall(16)
 def test_many_updates_are_the_weighted_sum_of_all_students() -> None:
     teacher = Network(0).requires_grad_(False)
     momenta = [0.9, 0.5, 0.996, 1.0, 0.0, 0.7]
@@ -34,6 +35,7 @@ def test_many_updates_are_the_weighted_sum_of_all_students() -> None:
     assert int(teacher.get_buffer("count")) == len(momenta)
 
 
+@pytest.mark.pitfall(16)
 def test_small_updates_are_not_lost_in_fp32_and_16_bits_are_refused() -> None:
     average, target = [torch.ones(3)], [torch.full((3,), 1.1)]
     for _ in range(200):
@@ -49,6 +51,7 @@ def test_small_updates_are_not_lost_in_fp32_and_16_bits_are_refused() -> None:
         follow([in_bf16], target, 0.9)
 
 
+@pytest.mark.pitfall(21)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_step_leaves_teacher_and_centre_alone_whatever_the_student_holds(
     value: float,

@@ -38,6 +38,7 @@ def exported(folder: Path, **changes: object) -> Vit:
     return vit.eval()
 
 
+@pytest.mark.pitfall(11)
 @pytest.mark.parametrize(
     "changes",
     [

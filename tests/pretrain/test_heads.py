@@ -29,9 +29,10 @@ def test_bottleneck_is_the_mlp_at_unit_length() -> None:
         torch.testing.assert_close(ours, h / h.square().sum().sqrt())
 
 
+@pytest.mark.pitfall(13)
 @pytest.mark.parametrize("last_layer", ["weight_norm", "plain"])
 def test_logits_are_products_of_bottleneck_and_prototypes(last_layer: str) -> None:
-    """P13: the gain is a parameter of its own, or is not there."""
+    """The gain is a parameter of its own, or is not there."""
     head, x = make(last_layer=last_layer), tokens()
     rows = head.last_layer.weight.detach()
     if last_layer == "weight_norm":
@@ -42,6 +43,7 @@ def test_logits_are_products_of_bottleneck_and_prototypes(last_layer: str) -> No
     assert hasattr(head, "last_gain") == (last_layer == "weight_norm")
 
 
+@pytest.mark.pitfall(13)
 def test_weight_norm_and_its_gradients_are_torchs() -> None:
     head, upstream = make(), torch.randn(24, 8)
     nn.init.uniform_(head.last_gain, 0.5, 2.0)

@@ -118,6 +118,7 @@ def test_any_number_of_workers_gives_the_same_batches(pristine: Path) -> None:
     assert content(read(pristine, workers=2)) == alone
 
 
+@pytest.mark.pitfall(20)
 def test_a_later_first_step_gives_the_rest_of_the_same_batches(pristine: Path) -> None:
     whole = content(read(pristine))
     for first_step in (1, 3, 6):

@@ -23,6 +23,7 @@ def draw(step: int, groups: range, size: int = 8, **changes: float) -> np.ndarra
     )
 
 
+@pytest.mark.pitfall(8)
 def test_an_exact_share_of_the_crops_is_masked_within_the_ratios() -> None:
     for step in range(20):
         masks = draw(step, range(2))
@@ -33,6 +34,7 @@ def test_an_exact_share_of_the_crops_is_masked_within_the_ratios() -> None:
             assert masked.max() <= 0.5 * 196
 
 
+@pytest.mark.pitfall(8)
 def test_ratios_are_stratified_over_the_masked_crops() -> None:
     counts = np.concatenate([np.sort(draw(s, range(1)).sum(1))[8:][None] for s in range(200)])
     means = counts.mean(0) / 196
@@ -41,6 +43,7 @@ def test_ratios_are_stratified_over_the_masked_crops() -> None:
     assert (means <= expected + 0.01).all() and (means > expected - 0.06).all()
 
 
+@pytest.mark.pitfall(8)
 def test_masks_are_a_function_of_seed_step_and_group() -> None:
     whole = draw(5, range(4)).reshape(2, 4, 8, -1)
     part = draw(5, range(2, 3)).reshape(2, 1, 8, -1)
@@ -52,6 +55,7 @@ def test_no_share_means_no_mask() -> None:
     assert not draw(0, range(1), share=0.0).any()
 
 
+@pytest.mark.pitfall(8)
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32 - 1), st.floats(0, 0.6))
 def test_a_block_mask_never_exceeds_its_target(h: int, w: int, seed: int, ratio: float) -> None:
@@ -82,6 +86,7 @@ def naive_block_mask(seed: int, grid: tuple[int, int], target: int) -> tuple[set
     return cells, areas
 
 
+@pytest.mark.pitfall(8)
 @pytest.mark.parametrize("grid", [(16, 16), (14, 14), (6, 21)])
 def test_blocks_are_those_of_a_plain_loop_and_span_four_to_half_the_grid(
     grid: tuple[int, int],
@@ -96,6 +101,7 @@ def test_blocks_are_those_of_a_plain_loop_and_span_four_to_half_the_grid(
     assert 3 <= min(first) < 0.15 * half and 0.75 * half < max(first) <= 1.15 * half
 
 
+@pytest.mark.pitfall(8)
 @pytest.mark.parametrize("grid", [(16, 16), (14, 14), (5, 12)])
 def test_exact_masks_reach_the_upper_edge_of_their_stratum(grid: tuple[int, int]) -> None:
     size = grid[0] * grid[1]

@@ -87,6 +87,7 @@ LAST = {
 }
 
 
+@pytest.mark.pitfall(13, 14)
 def test_every_parameter_has_dinov2s_rate_decay_and_freeze() -> None:
     network = student()
     names = {id(p): name for name, p in network.named_parameters()}
@@ -109,6 +110,7 @@ def test_every_parameter_has_dinov2s_rate_decay_and_freeze() -> None:
     assert [g["lr"] for g in last] == [2.0] and last[0]["weight_decay"] == 0.1
 
 
+@pytest.mark.pitfall(14)
 @pytest.mark.parametrize(
     ("name", "factor", "decays"),
     [
@@ -128,6 +130,7 @@ def test_layers_of_a_deep_network(name: str, factor: float, decays: bool) -> Non
     assert not key.last_layer
 
 
+@pytest.mark.pitfall(14)
 def test_the_last_layer_moves_after_its_share_of_steps() -> None:
     config = OptimConfig(freeze_last_layer=0.25)
     frozen = [config.last_layer_frozen(step, 10) for step in range(10)]
@@ -163,6 +166,7 @@ def test_three_steps_are_those_of_the_adamw_paper() -> None:
         torch.testing.assert_close(weight.detach(), p.float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.pitfall(16)
 @pytest.mark.parametrize("mode", ["module", "global"])
 def test_clipping_bounds_each_module_or_all(mode: str) -> None:
     parts = [nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(1, 1)]
@@ -180,6 +184,7 @@ def test_clipping_bounds_each_module_or_all(mode: str) -> None:
         assert torch.equal(parts[1].weight.grad, torch.full((2, 2), 0.1))  # not a bit
 
 
+@pytest.mark.pitfall(16)
 def test_clipping_per_module_is_torchs() -> None:
     ours, theirs = student(), student()
     draw_gradients(ours, 3)
@@ -191,6 +196,7 @@ def test_clipping_per_module_is_torchs() -> None:
         torch.testing.assert_close(p.grad, q.grad)
 
 
+@pytest.mark.pitfall(21)
 @pytest.mark.parametrize("kind", ["fused", "loop"])
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
 def test_a_bad_step_touches_no_weight_moment_or_step_count(kind: str, value: float) -> None:

@@ -50,6 +50,7 @@ def resampling(old: int, new: int, convention: Interpolation) -> NDArray[np.floa
     return weights
 
 
+@pytest.mark.pitfall(10)
 @pytest.mark.parametrize("convention", ["antialias", "offset"])
 @pytest.mark.parametrize(("grid", "size"), [(37, (16, 16)), (16, (7, 7)), (16, (23, 5))])
 def test_learned_positions_follow_the_published_conventions(
@@ -63,6 +64,7 @@ def test_learned_positions_follow_the_published_conventions(
     assert np.abs(found.numpy() - expected).max() < 1e-5
 
 
+@pytest.mark.pitfall(10)
 def test_learned_positions_are_timms_and_in_fp32() -> None:
     timm = import_timm()
     table = torch.randn(1, 16 * 16, 8).bfloat16()
@@ -84,6 +86,7 @@ def test_a_table_that_fits_is_not_touched_and_every_entry_learns(
     assert table.grad is not None and bool((table.grad != 0).all())
 
 
+@pytest.mark.pitfall(22)
 @pytest.mark.parametrize(("size", "base"), [((16, 16), 100.0), ((3, 7), 30.0)])
 def test_rotations_are_timms(size: tuple[int, int], base: float) -> None:
     timm = import_timm()
@@ -123,6 +126,7 @@ def test_scores_depend_on_the_distance_alone() -> None:
     assert float(near[0, 0]) != pytest.approx(float(turned_q[0, 0] @ turned_k[0, 0]), abs=1e-3)
 
 
+@pytest.mark.pitfall(22)
 def test_rotations_are_taken_in_fp32_whatever_the_input() -> None:
     table = torch.from_numpy(turns(rope_angles((8, 8), 16, RopeConfig()), prefix=0))
     x = torch.randn(64, 16).bfloat16()
@@ -131,6 +135,7 @@ def test_rotations_are_taken_in_fp32_whatever_the_input() -> None:
     assert torch.equal(out, rotate(x.float(), table).bfloat16())
 
 
+@pytest.mark.pitfall(22)
 def test_jitter_is_a_pure_function_of_the_step_within_its_bounds() -> None:
     config = RopeConfig(shift=0.2, stretch=1.5, rescale=2.0)
     assert np.array_equal(

@@ -69,13 +69,14 @@ def naive_loss(
     return torch.stack(out)
 
 
+@pytest.mark.pitfall(2, 3)
 @KERNELS
 @pytest.mark.parametrize("temperature", [0.04, 0.07, 1.0])
 @pytest.mark.parametrize("size", [0.3, 1.0, 10.0])
 def test_sinkhorn_equals_the_plain_algorithm(
     kernels: LossKernels, temperature: float, size: float
 ) -> None:
-    """P2, P3: for logits of ±10 too, where exp(logit / τ) itself overflows fp32."""
+    """For logits of ±10 too, where exp(logit / τ) itself overflows fp32."""
     x, weight = unit(16, 6), size * unit(40, 6, seed=1)
     x[0], weight[0] = weight[1] / size, weight[1]  # a logit of `size`, twice
     scaling = sinkhorn_scaling(x, weight, temperature, kernels)
@@ -86,6 +87,7 @@ def test_sinkhorn_equals_the_plain_algorithm(
     torch.testing.assert_close(q.sum(dim=1), torch.ones(16).double(), atol=20 * digit, rtol=0)
 
 
+@pytest.mark.pitfall(3)
 @KERNELS
 @pytest.mark.parametrize("offset", [-7.0, 7.0])
 def test_sinkhorn_forgets_what_all_logits_share(kernels: LossKernels, offset: float) -> None:
@@ -138,10 +140,11 @@ class Ranks:
         return over_ranks
 
 
+@pytest.mark.pitfall(2, 4)
 @KERNELS
 @pytest.mark.parametrize("size", [1.0, 10.0])
 def test_ranks_with_different_row_counts_equal_one_rank(kernels: LossKernels, size: float) -> None:
-    """P2, P4: a rank without masked tokens takes part in every exchange."""
+    """A rank without masked tokens takes part in every exchange."""
     x, weight = unit(17, 6), size * unit(40, 6, seed=1)
     parts = [x[:5], x[5:5], x[5:]]
     ranks, results = Ranks(3), {}
@@ -221,6 +224,7 @@ def test_bf16_operands_cost_two_digits(chunk: int) -> None:
         assert (a - b).norm() < 3e-2 * b.norm()
 
 
+@pytest.mark.pitfall(7)
 @KERNELS
 def test_masked_patches_are_the_case_of_one_view(kernels: LossKernels) -> None:
     """iBOT: each masked crop counts alike, over all crops; two of the four carry no mask."""
@@ -249,6 +253,7 @@ def one_view(
     )[0]  # fmt: skip
 
 
+@pytest.mark.pitfall(3, 4)
 @KERNELS
 def test_finite_on_large_logits_duplicates_one_token_and_none(kernels: LossKernels) -> None:
     large = 10 * torch.eye(8).repeat(5, 1)
@@ -264,16 +269,19 @@ def test_finite_on_large_logits_duplicates_one_token_and_none(kernels: LossKerne
                 assert float(loss.detach()) == 0.0 and not student_weight.grad.any()
 
 
+@pytest.mark.pitfall(2)
 @KERNELS
 def test_nothing_of_the_callers_is_written_to_and_backward_can_be_repeated(
     kernels: LossKernels,
 ) -> None:
     x, weight = unit(7, 8).requires_grad_(), unit(29, 8, seed=1).requires_grad_()
     teacher_x, teacher_weight = unit(7, 8, seed=2), unit(29, 8, seed=3)
-    scaling = sinkhorn_scaling(teacher_x, teacher_weight, 0.05, kernels)
     given = [x, weight, teacher_x, teacher_weight, torch.ones(1, 1), torch.rand(7)]
-    given += [t for t in vars(scaling).values() if isinstance(t, Tensor)]
     before = [t.detach().clone() for t in given]
+    centred_scaling(teacher_x, teacher_weight, torch.zeros(29), 0.05, kernels)
+    scaling = sinkhorn_scaling(teacher_x, teacher_weight, 0.05, kernels)
+    found = [t for t in vars(scaling).values() if isinstance(t, Tensor)]
+    given, before = given + found, before + [t.clone() for t in found]
     loss = prototype_cross_entropy(
         x[None], weight, teacher_x[None], teacher_weight, scaling, *given[4:6], kernels=kernels
     )[0]

@@ -49,10 +49,12 @@ def naive_kde(x: Tensor, c: SpreadConfig) -> float:
     return sum(math.log(d) for d in densities) / len(densities)
 
 
+@pytest.mark.pitfall(5)
 def test_koleo_equals_its_formula() -> None:
     assert float(koleo_loss(rows())) == pytest.approx(naive_koleo(rows()), rel=1e-5)
 
 
+@pytest.mark.pitfall(6)
 @pytest.mark.parametrize("config", CONVENTIONS)
 def test_kde_equals_its_formula_in_every_convention(config: SpreadConfig) -> None:
     assert float(spread_loss(rows(), config, 6)) == pytest.approx(naive_kde(rows(), config), 1e-5)
@@ -65,6 +67,7 @@ def test_log_of_mean_is_wang_and_isolas_uniformity() -> None:
     torch.testing.assert_close(spread_loss(rows(), config, 6) - 2 * t, uniformity)
 
 
+@pytest.mark.pitfall(6)
 @pytest.mark.parametrize("config", [KOLEO, *CONVENTIONS])
 def test_collapse_costs_more_and_near_duplicates_are_pushed_apart(config: SpreadConfig) -> None:
     orthogonal, collapsed = torch.eye(6), torch.ones(6, 6)
@@ -79,6 +82,7 @@ def test_collapse_costs_more_and_near_duplicates_are_pushed_apart(config: Spread
     assert cosine(moved[0], moved[1]) < cosine(x.detach()[0], x.detach()[1]) - 1e-6
 
 
+@pytest.mark.pitfall(5)
 @pytest.mark.parametrize("config", [KOLEO, CONVENTIONS[0], CONVENTIONS[-1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4, 3), (1, 3), (2, 1)])
@@ -115,6 +119,7 @@ def test_length_of_the_rows_does_not_matter_and_nothing_overflows(
             torch.testing.assert_close(loss.detach(), spread_loss(x, config, count))
 
 
+@pytest.mark.pitfall(5)
 @pytest.mark.parametrize("kind", ["koleo", "kde"])
 def test_groups_are_averaged_and_do_not_see_each_other(kind: str) -> None:
     config = SpreadConfig(kind=kind, over="group")  # type: ignore[arg-type]
@@ -128,6 +133,7 @@ def test_groups_are_averaged_and_do_not_see_each_other(kind: str) -> None:
         spread_loss(x, config, 5)
 
 
+@pytest.mark.pitfall(5)
 @pytest.mark.parametrize("config", [KOLEO, *CONVENTIONS[:1]])
 def test_autocast_changes_nothing(config: SpreadConfig) -> None:
     x = rows(8, 16)

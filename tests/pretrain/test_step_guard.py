@@ -47,6 +47,7 @@ def lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.pitfall(21)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("place", range(5))
 def test_any_figure_that_is_not_finite_makes_a_step_bad(
@@ -61,6 +62,7 @@ def test_any_figure_that_is_not_finite_makes_a_step_bad(
     assert guard.look().bad_steps == (1,)
 
 
+@pytest.mark.pitfall(21)
 def test_bad_steps_are_counted_written_down_once_and_left_out_of_the_values(tmp_path: Path) -> None:
     guard = make(tmp_path, count=5)
     assert guard.look() == Look()
@@ -180,6 +182,7 @@ def run(
     return student, teacher
 
 
+@pytest.mark.pitfall(21)
 def test_a_run_with_a_bad_step_is_the_run_without_it(tmp_path: Path) -> None:
     ours, expected = run(tmp_path / "a", poisoned=2), run(tmp_path / "b", None, left_out=2)
     for network, other in zip(ours, expected, strict=True):

@@ -1,14 +1,13 @@
 """The encoder against a naive reference, and packed crops against one crop at a time."""
 
-import math
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import naive
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -39,53 +38,11 @@ def make_vit(**changes: object) -> Vit:
     return vit
 
 
-def naive_forward(vit: Vit, image: Tensor, mask: Tensor | None) -> Tensor:
-    """One image [3, H, W] → normalised tokens [P + N, D], written out with loops."""
-    c, p = vit.config, {k: v.detach() for k, v in vit.named_parameters()}
-    patch = c.patch_px
-    rows, cols = image.shape[1] // patch, image.shape[2] // patch
-    tokens = []
-    for i in range(rows):
-        for j in range(cols):
-            square = image[:, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch]
-            token = p["patch_embed.proj.weight"].flatten(1) @ square.flatten()
-            token = token + p["patch_embed.proj.bias"]
-            if mask is not None and mask[i * cols + j]:
-                token = p["mask_token"][0]
-            tokens.append(token)
-    positions = p["pos_embed"][0]
-    if (rows, cols) != (c.grid, c.grid):
-        square = positions.T.reshape(1, c.width, c.grid, c.grid)
-        square = F.interpolate(square, size=(rows, cols), mode="bicubic", antialias=True)
-        positions = square[0].flatten(1).T
-    x = torch.cat([p["cls_token"][0], p["reg_token"][0], torch.stack(tokens) + positions])
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (c.width,), p[f"{name}.weight"], p[f"{name}.bias"], 1e-6)
-
-    for i in range(c.depth):
-        b = f"blocks.{i}."
-        y = norm(x, b + "norm1") @ p[b + "attn.qkv.weight"].T + p[b + "attn.qkv.bias"]
-        q, k, v = y.chunk(3, dim=-1)
-        heads = []
-        size = c.width // c.heads
-        for h in range(c.heads):
-            s = slice(h * size, (h + 1) * size)
-            heads.append((q[:, s] @ k[:, s].T / math.sqrt(size)).softmax(-1) @ v[:, s])
-        y = torch.cat(heads, dim=-1) @ p[b + "attn.proj.weight"].T + p[b + "attn.proj.bias"]
-        x = x + p[b + "ls1.gamma"] * y
-        y = norm(x, b + "norm2") @ p[b + "mlp.fc1.weight"].T + p[b + "mlp.fc1.bias"]
-        if c.ffn == "swiglu":
-            gate, value = y.chunk(2, dim=-1)
-            y = gate * torch.sigmoid(gate) * value
-        else:
-            y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
-        y = y @ p[b + "mlp.fc2.weight"].T + p[b + "mlp.fc2.bias"]
-        x = x + p[b + "ls2.gamma"] * y
-    return norm(x, "norm")
-
-
-@pytest.mark.parametrize("changes", [{}, {"ffn": "swiglu"}, {"registers": 0}])
+@pytest.mark.pitfall(9)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ffn": "swiglu"}, {"registers": 0}, {"interpolation": "offset"}, {"positions": "rope"}],
+)
 @pytest.mark.parametrize("size", [(32, 32), (16, 16), (24, 40)])
 def test_forward_equals_the_naive_reference(
     changes: dict[str, object], size: tuple[int, int]
@@ -96,13 +53,14 @@ def test_forward_equals_the_naive_reference(
     masks = torch.arange(2 * patches).reshape(2, patches) % 3 == 0
     out = vit([images], [masks])[0]
     for i in range(2):
-        expected = naive_forward(vit, images[i], masks[i])
+        expected = naive.vit(dict(vit.named_parameters()), vit.config, images[i], masks[i])
         torch.testing.assert_close(out.cls[i], expected[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
             out.patches[i], expected[vit.config.prefix :], atol=1e-5, rtol=1e-5
         )
 
 
+@pytest.mark.pitfall(18)
 def test_packed_crops_equal_one_crop_at_a_time_forward_and_backward() -> None:
     vit = make_vit()
     generator = torch.Generator().manual_seed(2)
@@ -122,6 +80,7 @@ def test_packed_crops_equal_one_crop_at_a_time_forward_and_backward() -> None:
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.pitfall(18)
 def test_a_changed_crop_changes_no_other() -> None:
     vit = make_vit()
     crops = [torch.randn(3, 3, 32, 32), torch.randn(2, 3, 16, 16)]
@@ -133,7 +92,26 @@ def test_a_changed_crop_changes_no_other() -> None:
     assert not torch.allclose(before[0].cls[1], after[0].cls[1])
 
 
+@pytest.mark.pitfall(18)
+@pytest.mark.parametrize("drop", [None, DropPath(0.5, 0, 3, group_size=2)])
+@pytest.mark.parametrize(("group", "index"), [(0, 1), (1, 4)])
+def test_a_crop_of_nans_reaches_no_other(group: int, index: int, drop: DropPath | None) -> None:
+    """Through no branch, kept or left out, and no row that is read."""
+    vit, crops = make_vit(positions="rope"), some_crops()
+    wanted = torch.from_numpy(cls_rows(vit.packing([(n, h, w) for n, _, h, w in CROPS])))
+    before = vit.rows(crops, None, wanted, drop=drop, batch=2)
+    crops[group][index] = torch.nan
+    after = vit.rows(crops, None, wanted, drop=drop, batch=2)
+    spoilt = 4 * group + index
+    others = [row for row in range(10) if row != spoilt]
+    assert torch.equal(before[others], after[others])
+    assert bool(before.isfinite().all()) and bool(after[spoilt].isnan().all())
+
+
+@pytest.mark.pitfall(17)
 def test_drop_path_keeps_an_exact_count_and_the_expectation() -> None:
+    uneven = DropPath(0.3, seed=0, step=0, group_size=8)
+    assert (uneven.keep, uneven.scale) == (5, 8 / 5)  # of what is kept, not 1 / (1 - rate)
     kept = DropPath(0.3, seed=0, step=5, group_size=10).kept(0, 0, 0, sequences=40, batch=20)
     assert len(kept) == 28 == len(kept.unique())
     for start in (0, 10, 20, 30):  # 7 of each group of 10 samples in each view
@@ -154,12 +132,14 @@ def test_drop_path_keeps_an_exact_count_and_the_expectation() -> None:
     torch.testing.assert_close(one, vit([crops[0][:1]])[0].cls)  # one sample is never dropped
 
 
+@pytest.mark.pitfall(17)
 def test_drop_path_draws_do_not_depend_on_how_the_batch_is_split() -> None:
     whole = DropPath(0.5, 1, 2, group_size=4).kept(1, 1, 0, sequences=8, batch=8)
     second = DropPath(0.5, 1, 2, group_size=4, first_group=1).kept(1, 1, 0, sequences=4, batch=4)
     assert torch.equal(whole[whole >= 4] - 4, second)
 
 
+@pytest.mark.pitfall(17)
 def test_a_layers_draw_depends_on_no_other_layer_and_branches_differ() -> None:
     drop = DropPath(0.5, 1, 2, group_size=8)
     deep, shallow = drop.draw(6, 0, 16, 16), drop.draw(2, 0, 16, 16)
@@ -283,6 +263,7 @@ def steps_alike(vit: Vit, compiled: Vit, dynamo: Any, steps: int) -> None:
     assert not dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.pitfall(24)
 @NOISE
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_blocks_trace_to_one_graph_each_and_never_again(mode: Recompute, compiler: Any) -> None:
@@ -294,6 +275,7 @@ def test_blocks_trace_to_one_graph_each_and_never_again(mode: Recompute, compile
     steps_alike(vit, compiled, compiler, 5)
 
 
+@pytest.mark.pitfall(24)
 @NOISE
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, inside the compiler
 @pytest.mark.slow
@@ -344,6 +326,7 @@ def test_recomputing_keeps_less_and_changes_no_gradient() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.pitfall(22)
 def test_jitter_moves_a_rotary_network_and_no_learned_one() -> None:
     moved = {}
     for positions in ("learned", "rope"):
@@ -367,6 +350,7 @@ def test_bf16_stays_within_its_rounding_of_fp32() -> None:
         assert float((rounded - exact).abs().max()) < 0.05 * float(exact.abs().max())
 
 
+@pytest.mark.pitfall(12)
 @pytest.mark.parametrize(
     ("width", "ratio", "multiple", "hidden"),
     [
@@ -385,6 +369,20 @@ def test_hidden_sizes_are_the_published_ones(
     )
     assert config.hidden == hidden
     assert VitConfig(width=width, heads=16, mlp_ratio=ratio).hidden == width * ratio
+
+
+@pytest.mark.pitfall(12)
+def test_norms_and_layer_scale_start_as_published() -> None:
+    vit = Vit(VitConfig(width=32, depth=2, heads=2, patch_px=8, image_px=32))
+    vit.initialise(torch.Generator().manual_seed(0))
+    x = 1e-3 * torch.randn(4, 32)  # of a variance near the constant, so that it is seen
+    expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0)[:, None] + 1e-6).sqrt()
+    norms = [m for m in vit.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(norms) == 2 * 2 + 1
+    for norm in norms:
+        torch.testing.assert_close(norm(x), expected, atol=1e-5, rtol=1e-4)
+    gammas = [p for name, p in vit.named_parameters() if name.endswith(".gamma")]
+    assert len(gammas) == 4 and all(bool((gamma == 1e-5).all()) for gamma in gammas)
 
 
 @pytest.mark.parametrize(
