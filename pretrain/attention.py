@@ -205,7 +205,8 @@ def _lacks_xformers(device: torch.device) -> str | None:
         from xformers.ops import fmha
     except (ImportError, OSError) as error:  # built for another torch
         return f"xformers does not import ({error}); install the build for this torch"
-    kernels = [op for op in (fmha.flash3, fmha.flash) if op.FwOp.is_available()]
+    bundled = [getattr(fmha, name, None) for name in ("flash3", "flash")]
+    kernels = [op for op in bundled if op is not None and op.FwOp.is_available()]
     capability = torch.cuda.get_device_capability(device)
     if not any(capability >= op.FwOp.CUDA_MINIMUM_COMPUTE_CAPABILITY for op in kernels):
         return "this xformers has no flash kernel for this GPU; use attention=sdpa"

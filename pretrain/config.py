@@ -53,7 +53,8 @@ class PretrainConfig:
     batch_size: int = 64
     """Tiles a step."""
     group_size: int = 0
-    """Tiles that share the draws of masks and drop-path; divides batch_size; 0: batch_size."""
+    """Tiles that share the draws of masks and drop-path, and that a spread over groups is taken
+    among; divides batch_size; 0: batch_size."""
     seed: int = 0
     """Of weights, order, crops, masks and drop-path."""
     model: VitConfig = field(default_factory=VitConfig)

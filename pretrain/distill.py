@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eosin.pretrain.attention import AttentionFn
+from eosin.pretrain.collectives import gather_rows, lse_over_ranks, sum_over_ranks
 from eosin.pretrain.crop_rows import CropRows, crop_rows
 from eosin.pretrain.diagnostics import Measured, PrototypeUse, Window, measure_health
 from eosin.pretrain.drop_path import DropPath
@@ -102,6 +104,8 @@ class Distiller(nn.Module):
         kernels: of `prototype_loss.choose_kernels`.
         group_size: samples that a spread over groups is taken among.
         seed: of the weights.
+        ranks: that share a batch, each with as many samples; None for one process. Losses and
+            gradients averaged over them are those of one process with the whole batch.
     """
 
     def __init__(
@@ -112,9 +116,12 @@ class Distiller(nn.Module):
         kernels: LossKernels,
         group_size: int,
         seed: int,
+        ranks: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.objective, self.kernels, self.group_size = objective, kernels, group_size
+        self._lse_over_ranks, self._gather_rows = lse_over_ranks(ranks), gather_rows(ranks)
+        self._sum_over_ranks = sum_over_ranks(ranks)
         self.student = materialise(lambda: Network(model, objective, attention), seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         if objective.jepa.weight > 0:
@@ -179,7 +186,9 @@ class Distiller(nn.Module):
             jepa = o.jepa.weight * jepa_loss(predicted, teacher.patches, rows.mask, n_crops, o.jepa)
         if o.spread.weight > 0 and rates.spread > 0:
             features = cls[:n_crops].unflatten(0, (views, batch))
-            terms = [spread_loss(view, o.spread, self.group_size) for view in features]
+            terms = [
+                spread_loss(view, o.spread, self.group_size, self._gather_rows) for view in features
+            ]
             spread = o.spread.weight * rates.spread * torch.stack(terms).sum()
         if o.gram.weight > 0 and rates.gram:
             assert every is not None
@@ -229,7 +238,9 @@ class Distiller(nn.Module):
         if logits is None:
             return None
         if self.objective.targets == "sinkhorn":
-            scaling = sinkhorn_scaling(*logits, temperature, self.kernels)
+            scaling = sinkhorn_scaling(
+                *logits, temperature, self.kernels, over_ranks=self._lse_over_ranks
+            )
         else:
             centre: Tensor = getattr(self, f"{name}_centre")
             scaling = centred_scaling(*logits, centre, temperature, self.kernels)
@@ -278,13 +289,19 @@ class Distiller(nn.Module):
             bad: 1 to leave everything as it is, fp32 [] on the device.
         """
         update_teacher(self.teacher, self.student, momentum, bad)
-        if self.objective.targets == "centre":
-            for name in ("cls", "masked"):
-                targets: Targets | None = getattr(outputs, name)
-                if targets is not None and len(targets.logits.x):
-                    centre: Tensor = getattr(self, f"{name}_centre")
-                    mean = mean_logits(*targets.logits)
-                    follow([centre], [mean], self.objective.centre_momentum, bad)
+        for name in ("cls", "masked") if self.objective.targets == "centre" else ():
+            targets: Targets | None = getattr(outputs, name)
+            if targets is not None:
+                self._follow_logits(getattr(self, f"{name}_centre"), targets.logits, bad)
+
+    def _follow_logits(self, centre: Tensor, logits: Logits, bad: Tensor | None) -> None:
+        """Centre ← m · centre + (1 - m) · mean logits over ranks; as it is where none has a row."""
+        x = logits.x.float()
+        sums = self._sum_over_ranks(torch.cat([x.sum(dim=0), x.new_full((1,), len(x))]))
+        mean = mean_logits((sums[:-1] / sums[-1].clamp(min=1))[None], logits.prototypes)
+        none = (sums[-1] == 0).float()
+        stay = none if bad is None else torch.maximum(bad, none)
+        follow([centre], [mean], self.objective.centre_momentum, stay)
 
     @torch.no_grad()
     def refresh_gram_teacher(self) -> None:
@@ -331,5 +348,7 @@ class Distiller(nn.Module):
             for name in ("head", "patch_head"):
                 if (head := getattr(network, name, None)) is not None:
                     head.mlp.compile(fullgraph=True, dynamic=True, backend=backend)
+        if hasattr(self.student, "predictor"):
+            self.student.predictor.compile(fullgraph=True, dynamic=False, backend=backend)
         if hasattr(self, "gram_teacher"):
             self.gram_teacher.compile_blocks(backend)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eosin.pretrain.spread import unit_rows
@@ -71,25 +70,6 @@ def gram_refresh_due(step: int, config: GramConfig) -> bool:
         return False
     copies, rest = divmod(step - config.start, config.refresh_every)
     return rest == 0 and copies <= config.max_refreshes
-
-
-def match_grid(patches: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """Patch features resampled from one grid to another, bicubic with antialias, fp32.
-
-    For a Gram teacher that sees larger crops than the student (DINOv3: twice the side). Features
-    are resampled as they are and made unit afterwards, by `gram_loss`.
-
-    Args:
-        patches: [C, h · w, D] of `grid`.
-        grid: (h, w) of the patches.
-        wanted: (h, w) of the result.
-    """
-    if grid == wanted:
-        return patches
-    with torch.autocast(patches.device.type, enabled=False):
-        maps = patches.float().mT.unflatten(2, grid)  # [C, D, h, w]
-        maps = F.interpolate(maps, size=wanted, mode="bicubic", antialias=True)
-        return maps.flatten(2).mT
 
 
 def gram_loss(

@@ -102,8 +102,8 @@ class Predictor(nn.Module):
             grid: (h, w) patches of a crop, h · w = N.
         """
         seen = self.embed(student_patches)  # [C, N, W]
-        x = torch.where(masks[..., None], self.query.to(seen.dtype), seen)
-        x = x + sincos_positions(grid, self.config.width, x.device).to(x.dtype)
+        x = torch.where(masks[..., None], self.query, seen)
+        x = x + sincos_positions(grid, self.config.width, x.device)
         if self.config.use_cls:
             x = torch.cat([self.embed(cls)[:, None], x], dim=1)
         for block in self.blocks:

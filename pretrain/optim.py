@@ -24,7 +24,7 @@ class OptimConfig:
     lr: Schedule = field(default_factory=lambda: Schedule(peak=1e-3, end=1e-6, warmup=0.1))
     """Learning rate at `lr_reference_batch`."""
     lr_reference_batch: int = 0
-    """The rate is scaled by sqrt(batch_size / this), as DINOv2 does with 1024; 0: not scaled."""
+    """The peak is scaled by sqrt(batch_size / this), as DINOv2 does with 1024; 0: not scaled."""
     weight_decay: Schedule = field(default_factory=lambda: Schedule(peak=0.04, end=0.4, start=0.04))
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -181,6 +181,7 @@ def train(
             optimizer.zero_grad()
             model.update_teacher(outputs, rates.momentum, bad)
             targets = model.record_use(batch.step, outputs, bad)
+            del losses
 
             done = batch.step + 1
             logs = done % config.log_every == 0 or done == config.steps
@@ -217,8 +218,10 @@ class Rates(NamedTuple):
         """The rates of `step`, a pure function of it."""
         optim, total = config.optim, config.steps
         reference = optim.lr_reference_batch or config.batch_size
+        scale = (config.batch_size / reference) ** 0.5  # of the peak, not of the end (DINOv2)
+        lr = replace(optim.lr, start=optim.lr.start * scale, peak=optim.lr.peak * scale)
         return cls(
-            lr=optim.lr.at(step, total) * (config.batch_size / reference) ** 0.5,
+            lr=lr.at(step, total),
             weight_decay=optim.weight_decay.at(step, total),
             momentum=config.momentum.at(step, total),
             temperature=config.temperature.at(step, total),

@@ -183,6 +183,8 @@ class Vit(nn.Module):
             backend: of `torch.compile`; ``aot_eager`` traces the same graphs without kernels.
         """
         self._compiled = True
+        # the limit counts for the code that all blocks share: student, teacher, other crop sizes
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, backend=backend)
 

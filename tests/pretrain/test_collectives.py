@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eosin.pretrain.attention import sdpa_attention
 from eosin.pretrain.collectives import (
     Collective,
     gather_rows,
@@ -21,9 +22,14 @@ from eosin.pretrain.collectives import (
     mean_over_ranks,
     sum_over_ranks,
 )
+from eosin.pretrain.distill import Distiller, StepRates
+from eosin.pretrain.heads import HeadConfig
+from eosin.pretrain.jepa import JepaConfig
+from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.prototype_kernels import PlainKernels
 from eosin.pretrain.prototype_loss import sinkhorn_scaling
 from eosin.pretrain.spread import SpreadConfig, spread_loss
+from eosin.pretrain.vit import VitConfig
 
 SPREADS = {
     "koleo": SpreadConfig(kind="koleo"),
@@ -57,6 +63,38 @@ def weighted(rows: Tensor) -> Tensor:
     return (rows.square() * torch.arange(len(rows))[:, None]).sum()
 
 
+DISTILLED = {
+    "koleo": ObjectiveConfig(head=HeadConfig(prototypes=12, hidden=8, bottleneck=4)),
+    "kde_centre": ObjectiveConfig(
+        head=HeadConfig(prototypes=12, hidden=8, bottleneck=4), targets="centre",
+        spread=SpreadConfig(kind="kde"), jepa=JepaConfig(weight=1.0, depth=1, width=8, heads=1),
+    ),
+}  # fmt: skip
+
+
+def distilled(
+    name: str, samples: slice, ranks: dist.ProcessGroup | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The product's loss for some of four samples; gradients, and the centres after the step."""
+    vit = VitConfig(
+        width=16, depth=1, heads=2, patch_px=8, image_px=16, registers=1, layer_scale=0.5
+    )
+    kernels = PlainKernels(torch.float32)
+    distiller = Distiller(vit, DISTILLED[name], sdpa_attention, kernels, 2, 0, ranks)
+    with torch.no_grad():
+        for number, p in enumerate(distiller.parameters()):
+            p += 0.1 * normal(*p.shape, seed=number)
+    masks = normal(2, 4, 4, seed=5).numpy() > 0.8  # more on one rank than on the other
+    crops, local = normal(2, 4, 3, 16, 16, seed=6), normal(3, 4, 3, 8, 8, seed=7)
+    mine = masks[:, samples].reshape(-1, 4)
+    losses, outputs = distiller(crops[:, samples], local[:, samples], mine, StepRates(0.1))
+    losses.total.backward()
+    distiller.update_teacher(outputs, 0.9)
+    found = {k: p.grad for k, p in distiller.student.named_parameters() if p.grad is not None}
+    found |= {k: b for k, b in distiller.named_buffers() if k.endswith("_centre")}
+    return torch.stack([v.detach() for v in losses]), found
+
+
 def worker(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     group = dist.new_group([0, 1])
@@ -81,6 +119,10 @@ def worker(rank: int, store: str, out: str) -> None:
     linear = model()
     weighted(gather_rows(group)(linear(mine))).backward()
     results["grad_weighted"] = average(linear.weight.grad)
+    for name in DISTILLED:
+        losses, found = distilled(name, slice(2 * rank, 2 * rank + 2), group)
+        results[f"losses_{name}"] = average(losses)
+        results |= {f"{name}/{key}": average(value) for key, value in found.items()}
     save_file({k: v.contiguous() for k, v in results.items()}, out)
     dist.destroy_process_group()
 
@@ -139,6 +181,18 @@ def test_averaged_gradients_are_those_of_the_concatenated_batch(
         torch.testing.assert_close(rank[f"grad_{name}"], linear.weight.grad, rtol=1e-4, atol=1e-6)
         if name != "weighted":
             torch.testing.assert_close(rank[f"loss_{name}"], loss.detach())
+
+
+@pytest.mark.pitfall(2, 5, 19)
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_step_of_two_ranks_is_that_of_one_with_the_whole_batch(
+    ranks: list[dict[str, Tensor]], name: str
+) -> None:
+    losses, found = distilled(name, slice(0, 4), None)
+    for rank in ranks:
+        torch.testing.assert_close(rank[f"losses_{name}"], losses, rtol=1e-5, atol=1e-6)
+        for key, value in found.items():
+            torch.testing.assert_close(rank[f"{name}/{key}"], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
 @pytest.mark.pitfall(2)

@@ -4,13 +4,11 @@ import itertools
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from eosin.pretrain.gram import GramConfig, gram_active, gram_loss, gram_refresh_due, match_grid
+from eosin.pretrain.gram import GramConfig, gram_active, gram_loss, gram_refresh_due
 
 
 def patches(crops: int, n: int, width: int, seed: int) -> Tensor:
@@ -105,21 +103,6 @@ def test_copies_are_taken_at_the_start_and_a_number_of_times_after() -> None:
     for config in (frozen, GramConfig(start=100, refresh_every=30)):
         assert not any(gram_refresh_due(step, config) for step in range(400))
     assert gram_active(0, frozen) and not gram_active(0, GramConfig())
-
-
-@pytest.mark.parametrize(
-    ("grid", "wanted"), [((8, 8), (4, 4)), ((6, 10), (4, 5)), ((4, 4), (4, 4))]
-)
-def test_grids_are_matched_as_pillow_resamples(
-    grid: tuple[int, int], wanted: tuple[int, int]
-) -> None:
-    x = patches(2, grid[0] * grid[1], 3, 0)
-    out = match_grid(x, grid, wanted)
-    assert out.shape == (2, wanted[0] * wanted[1], 3)
-    for crop, channel in itertools.product(range(2), range(3)):
-        image = Image.fromarray(x[crop, :, channel].reshape(grid).numpy())
-        resized = np.asarray(image.resize(wanted[::-1], Image.Resampling.BICUBIC))
-        np.testing.assert_allclose(out[crop, :, channel].reshape(wanted), resized, atol=1e-5)
 
 
 def test_config_refuses_what_has_no_meaning() -> None:

@@ -264,6 +264,7 @@ def test_other_objectives_resume_bit_for_bit(
 def test_learning_rate_scales_with_the_root_of_the_batch(shards: Path, tmp_path: Path) -> None:
     config = config_for(shards, tmp_path, "optim.lr_reference_batch=16", "optim.lr.warmup=0")
     assert Rates.at(config, 0).lr == pytest.approx(1e-3 * (4 / 16) ** 0.5)
+    assert Rates.at(config, config.steps).lr == pytest.approx(config.optim.lr.end)
     assert Rates.at(config, 0).freeze_last and not Rates.at(config, 1).freeze_last
 
 
