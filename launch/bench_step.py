@@ -4,7 +4,6 @@ import itertools
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from eosin.launch.stopwatch import (
     NoWatch,
     TimeByPart,
     memory_by_part,
+    seconds_now,
     state_bytes,
     wait_for,
 )
@@ -54,6 +54,8 @@ from eosin.pretrain.vit import VitConfig
 TOTAL_STEPS = 100_000
 FIRST_STEP = 50_000  # every schedule is past its warm-up
 HELD_BATCHES = 4
+SETTLING = 2
+"""Steps of a side before those that are timed: the other side's have taken its memory and caches."""
 WHOLE = "whole"
 SIZES = {192: "T", 384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}
 MIB = 2**20
@@ -122,8 +124,8 @@ class BenchStepConfig:
     repeats: int = 5
     """Times that either side is timed, in turn; medians are shown."""
     steps_per_repeat: int = 0
-    """Steps timed together, without a wait between them; 0: 1 on a CPU, 10 on a GPU."""
-    warmup: int = 3
+    """Steps timed together, without a wait between them; 0: 2 on a CPU, 10 on a GPU."""
+    warmup: int = 5
     """Steps of either side before anything is timed."""
     loss_prototypes: int = 131_072
     """K of the comparison of the losses' memory; 0 for none."""
@@ -209,8 +211,15 @@ def compare(config: BenchStepConfig, fast: FastStep) -> tuple[str, list[Row]]:
     first = FIRST_STEP + config.warmup + 1
 
     def timer(side: Side) -> Callable[[], dict[str, float]]:
-        starts = itertools.count(first, steps)
-        return lambda: time_steps(side, take_from(crops, next(starts), steps), device)
+        starts = itertools.count(first, SETTLING + steps)
+
+        def settle_and_time() -> dict[str, float]:
+            batches = take_from(crops, next(starts), SETTLING + steps)
+            for batch in batches[:SETTLING]:
+                side.take(batch, NoWatch())
+            return time_steps(side, batches[SETTLING:], device)
+
+        return settle_and_time
 
     ours, baseline = in_turn(timer(fast), timer(plain), config.repeats)
     rows = step_rows(config, fast, ours, baseline)
@@ -221,7 +230,8 @@ def compare(config: BenchStepConfig, fast: FastStep) -> tuple[str, list[Row]]:
         rows.append(data_row(config, fast, rows[0].ours, config.repeats * steps))
     title = (
         f"{fast.choices}, {torch.get_num_threads()} threads, batch {config.batch_size}, medians of "
-        f"{config.repeats} x {steps} steps"
+        f"{config.repeats} x {steps} steps in turn"
+        + (", processor time" if device.type == "cpu" and torch.get_num_threads() == 1 else "")
     )
     return title, rows
 
@@ -268,11 +278,12 @@ def time_steps(side: Side, batches: Sequence[Batch], device: torch.device) -> di
     """Seconds a step of each part, and of all under ``WHOLE``."""
     wait_for(device)
     watch = TimeByPart(device)
-    start = time.perf_counter()
+    is_cuda = device.type == "cuda"
+    start = seconds_now(is_cuda)
     for batch in batches:
         side.take(batch, watch)
     wait_for(device)
-    whole = time.perf_counter() - start
+    whole = seconds_now(is_cuda) - start
     return {n: t / len(batches) for n, t in ({WHOLE: whole} | watch.seconds()).items()}
 
 
@@ -376,15 +387,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     seconds = []
     for _ in range(8):
         wait_for(device)
-        start = time.perf_counter()
+        start = seconds_now(device.type == "cuda")
         a @ a
         wait_for(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_now(device.type == "cuda") - start)
     return float(2 * side**3 / min(seconds))
 
 
 def _steps_per_repeat(config: BenchStepConfig, device: torch.device) -> int:
-    return config.steps_per_repeat or (10 if device.type == "cuda" else 1)
+    return config.steps_per_repeat or (10 if device.type == "cuda" else 2)
 
 
 def _from_shards(config: BenchStepConfig, steps: int) -> Iterator[Batch]:
