@@ -55,7 +55,7 @@ TOTAL_STEPS = 100_000
 FIRST_STEP = 50_000  # every schedule is past its warm-up
 HELD_BATCHES = 4
 SETTLING = 2
-"""Steps of a side before those that are timed: the other side's have taken its memory and caches."""
+"""Steps of a side before those that are timed: the other side's have taken memory and caches."""
 WHOLE = "whole"
 SIZES = {192: "T", 384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}
 MIB = 2**20

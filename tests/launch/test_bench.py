@@ -53,24 +53,39 @@ def test_runs_alternate_and_medians_are_by_part() -> None:
     assert bench.median_by_part(runs) == {"x": 3.0, "y": 8.0}
 
 
-def test_time_goes_to_the_part_that_ran() -> None:
+def work(seconds: float) -> None:
+    """Takes that much of the processor."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_time_goes_to_the_part_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     watch = TimeByPart(torch.device("cpu"))
-    sleep = watched(lambda: watch, "inner", time.sleep)
+    inner = watched(lambda: watch, "inner", work)
     for _ in range(2):
         watch.switch("outer")
-        time.sleep(0.01)
-        sleep(0.03)
+        work(0.01)
+        inner(0.03)
         watch.stop()
-        time.sleep(0.05)  # between two stretches of work: nobody's
+        work(0.05)  # between two stretches of work: nobody's
+    time.sleep(0.01)  # takes no processor
     seconds = watch.seconds()
     assert list(seconds) == ["outer", "inner"]
     assert 0.02 <= seconds["outer"] < 0.05 and 0.06 <= seconds["inner"] < 0.09
     again = TimeByPart(torch.device("cpu"))
     again.switch("outer")
-    watched(lambda: again, "inner", time.sleep, goes_on=True)(0.01)
-    time.sleep(0.02)
+    watched(lambda: again, "inner", work, goes_on=True)(0.01)
+    work(0.02)
     again.stop()
     assert again.seconds()["inner"] >= 0.03 > again.seconds()["outer"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    wall = TimeByPart(torch.device("cpu"))
+    wall.switch("outer")
+    time.sleep(0.02)
+    wall.stop()
+    assert wall.seconds()["outer"] >= 0.02
 
 
 def test_memory_is_the_peak_of_each_part_over_the_beginning() -> None:
@@ -160,7 +175,7 @@ def test_a_dry_run_and_the_gpu_preset_say_what_would_be_done(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["bench", "step", *TINY, "--dry-run"]) == 0
-    assert "1 timed ones of 4 tiles" in capsys.readouterr().out
+    assert "2 timed ones of 4 tiles" in capsys.readouterr().out
     files = ["bench/step_gpu", "size/large"]
     config = load_config(BenchStepConfig, files, ["model.drop_path=0.3"])
     assert config.name == "L/14 2x224+8x98 K=65536 drop 0.3"
