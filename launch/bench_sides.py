@@ -8,21 +8,18 @@ samples, V global views, N patches of a global crop.
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from eosin.launch.stopwatch import NoWatch, Watch, watched
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Losses
 from eosin.pretrain.loader import Batch, normalise
-from eosin.pretrain.masking import draw_masks
 from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
 from eosin.pretrain.plain_step import PlainDistiller, clip
 from eosin.pretrain.positions import Jitter
 from eosin.pretrain.step_guard import StepGuard
-from eosin.pretrain.train import Rates, build_model, forward
+from eosin.pretrain.train import Rates, build_model, forward, masks_of
 from eosin.pretrain.upload import upload
 
 INPUTS = "inputs"
@@ -161,16 +158,3 @@ def _watch_forward(side: FastStep | PlainStep, encodes: str) -> None:
         method = getattr(backbone, encodes)
         setattr(backbone, encodes, watched(lambda: side.watch, part, method))
     model.forward = watched(lambda: side.watch, LOSSES, model.forward, goes_on=True)
-
-
-def masks_of(config: PretrainConfig, step: int) -> NDArray[np.bool_]:
-    """The masked patches of a step's global crops, bool [V · B, N]."""
-    return draw_masks(
-        config.masks,
-        seed=config.seed,
-        step=step,
-        groups=range(config.batch_size // config.group),
-        group_size=config.group,
-        views=config.augment.n_global,
-        grid=(config.model.grid, config.model.grid),
-    )

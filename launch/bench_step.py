@@ -19,7 +19,7 @@ from eosin.launch.bench import (
     more_is_better,
     report,
 )
-from eosin.launch.bench_sides import PARTS, FastStep, PlainStep, Side, masks_of
+from eosin.launch.bench_sides import PARTS, FastStep, PlainStep, Side
 from eosin.launch.process import (
     DeviceName,
     PrecisionName,
@@ -48,7 +48,7 @@ from eosin.pretrain.optim import OptimConfig
 from eosin.pretrain.plain_step import check_plain
 from eosin.pretrain.prototype_kernels import LossKernelName
 from eosin.pretrain.recompute import Recompute
-from eosin.pretrain.train import Clock
+from eosin.pretrain.train import Clock, masks_of
 from eosin.pretrain.vit import VitConfig
 
 TOTAL_STEPS = 100_000

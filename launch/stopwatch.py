@@ -1,7 +1,7 @@
 """Time and peak memory of the parts of a piece of work, on the CPU or a GPU.
 
 A watch is told when another part begins; what lies between belongs to the part before. On a GPU
-times are those of events in its queue, on a CPU wall time; memory is what torch has allocated.
+times are those of events in its queue, on a CPU see `seconds_now`; memory is what torch allocated.
 """
 
 import functools

@@ -101,7 +101,7 @@ class Distiller(nn.Module):
         model: the encoder.
         objective: the losses.
         attention: of `attention.choose_attention`.
-        kernels: of `prototype_loss.choose_kernels`.
+        kernels: of `prototype_kernels.choose_kernels`.
         group_size: samples that a spread over groups is taken among.
         seed: of the weights.
         ranks: that share a batch, each with as many samples; None for one process. Losses and

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from eosin.configs.errors import ConfigError
 from eosin.data_curation.shard_reader import ShardReader
@@ -244,16 +246,7 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Losses, Outputs]:
     """Masks, normalisation and both networks' forward for one batch."""
-    groups = range(config.batch_size // config.group)
-    masks = draw_masks(
-        config.masks,
-        seed=config.seed,
-        step=batch.step,
-        groups=groups,
-        group_size=config.group,
-        views=config.augment.n_global,
-        grid=(config.model.grid, config.model.grid),
-    )
+    masks = masks_of(config, batch.step)
     drop = None
     if config.model.drop_path > 0:
         drop = DropPath(config.model.drop_path, config.seed, batch.step, config.group)
@@ -267,6 +260,19 @@ def forward(
         step_rates = StepRates(rates.temperature, rates.spread, gram)
         out: tuple[Losses, Outputs] = model(*crops, masks, step_rates, drop, jitter)
     return out
+
+
+def masks_of(config: PretrainConfig, step: int) -> NDArray[np.bool_]:
+    """The masked patches of a step's global crops, bool [V · B, N]."""
+    return draw_masks(
+        config.masks,
+        seed=config.seed,
+        step=step,
+        groups=range(config.batch_size // config.group),
+        group_size=config.group,
+        views=config.augment.n_global,
+        grid=(config.model.grid, config.model.grid),
+    )
 
 
 def step_values(
