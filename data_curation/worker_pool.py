@@ -69,14 +69,17 @@ def follow_parent() -> None:
 
     Otherwise a worker of a killed command would write on, into the files of the next one. On Linux
     the kernel ends it before anyone learns of the parent's death; elsewhere a thread watches, which
-    a busy worker may run too late.
+    a busy worker may run too late. A parent that died before this call, while the worker was still
+    starting, ends it here: its queue may hold jobs yet.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()  # or gone already
+    if not parent.is_alive():
+        os._exit(1)
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
 def _exit_after(parent: multiprocessing.process.BaseProcess) -> None:
