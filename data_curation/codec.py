@@ -23,6 +23,9 @@ MAX_PIXELS = 1 << 26
 MAX_BYTES = 4 * MAX_PIXELS
 """Bytes that an encoded tile image may have: 8-bit RGBA without any compression."""
 
+FACTORS = (1, 2, 4, 8)
+"""Scales 1/f at which a tile can be decoded."""
+
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
@@ -88,30 +91,87 @@ def image_suffix(data: bytes) -> str:
     raise ImageError("neither a JPEG nor a PNG" if data else "an empty file")
 
 
-def decode_image(data: bytes, suffix: str) -> NDArray[np.uint8]:
-    """Decodes an encoded tile to RGB, uint8 [H, W, 3].
+def decode_image(
+    data: bytes, suffix: str, factor: int = 1, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """Decodes an encoded tile to RGB, uint8 [H, W, 3], where H and W are ceil(full / factor).
 
     Args:
         data: the encoded image.
         suffix: ``jpg`` or ``png``, as in the index.
+        factor: 1, 2, 4 or 8. A JPEG is decoded at this scale from the low frequencies of its
+            blocks (libjpeg's DCT scaling), anything else whole and then averaged in boxes.
+        out: uint8 [H', W', 3] with H' ≥ H and W' ≥ W: the upper left corner is written to, without
+            a copy where it is [H, W, 3] and contiguous; what is returned is a view of it.
 
     Raises:
-        ImageError: the image is damaged, beyond `MAX_PIXELS`, deeper than 8 bits, or partly
-            transparent.
+        ImageError: the image is damaged, beyond `MAX_PIXELS`, deeper than 8 bits, partly
+            transparent, of another suffix, or larger than `out`.
     """
-    return _decode_jpeg(data) if suffix == "jpg" else _decode_png(data)
+    if suffix == "jpg":
+        return _decode_jpeg(data, factor, out)
+    if suffix == "png":
+        return reduce_pixels(_decode_png(data), factor, out)
+    raise ImageError(f"'{suffix}' is no kind of tile image")
 
 
-def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+def reduce_pixels(
+    pixels: NDArray[np.uint8], factor: int, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """RGB `pixels` averaged in boxes of `factor` × `factor`, cut at the right and lower edge.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        factor: see `decode_image`.
+        out: likewise.
+
+    Raises:
+        ImageError: the result is larger than `out`.
+    """
+    _check_factor(factor)
+    if factor > 1:
+        pixels = np.asarray(Image.fromarray(pixels).reduce(factor))
+    if out is None:
+        return pixels
+    corner = _corner(out, *pixels.shape[:2])
+    corner[...] = pixels
+    return corner
+
+
+def _decode_jpeg(data: bytes, factor: int, out: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    _check_factor(factor)
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height)
         if colours in ("CMYK", "YCCK"):
             raise ImageError(f"JPEG in {colours}, a printer's colours without a defined RGB")
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        # The decoder takes the smallest of its scales that is no smaller than asked.
+        height, width = -(-height // factor), -(-width // factor)
+        scale = {"min_height": height, "min_width": width, "min_factor": factor}
+        if out is None:
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True, **scale)
+            return pixels
+        corner = _corner(out, height, width)
+        if corner.flags.c_contiguous:
+            simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=corner, **scale)
+        else:
+            corner[...] = simplejpeg.decode_jpeg(data, "RGB", strict=True, **scale)
     except ValueError as error:
         raise ImageError(f"damaged JPEG: {error}") from error
-    return pixels
+    return corner
+
+
+def _corner(out: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    if out.shape[0] < height or out.shape[1] < width:
+        raise ImageError(
+            f"{width}×{height} pixels where {out.shape[1]}×{out.shape[0]} were expected"
+        )
+    return out[:height, :width]
+
+
+def _check_factor(factor: int) -> None:
+    if factor not in FACTORS:
+        raise ValueError(f"factor must be one of {FACTORS}, not {factor}")
 
 
 def _decode_png(data: bytes) -> NDArray[np.uint8]:

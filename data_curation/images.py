@@ -2,6 +2,7 @@
 
 import csv
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,6 +107,10 @@ def _list_folder(folder: Path) -> pa.Table:
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and path.is_file()
     ]
+    for path in found:
+        if not str(path).isprintable():  # nor can a table hold what is not UTF-8
+            name = ascii(str(path))
+            raise InputError(f"{folder}: the file name {name} has control characters; rename it")
     seen = sorted(str(p) for p in found if not any(part.startswith(".") for part in p.parts))
     return pa.table({"path": pa.array(seen, pa.string())})
 
@@ -154,9 +159,13 @@ def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _read_image(path: Path) -> EncodedTile:
-    if path.stat().st_size > MAX_BYTES:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ImageError("not a file")  # a pipe or a device might never end
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
         raise ImageError(f"larger than {MAX_BYTES} bytes")
-    return inspect_image(path.read_bytes())
+    return inspect_image(data)
 
 
 def _without_suffix(path: str) -> str:

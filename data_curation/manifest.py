@@ -89,9 +89,9 @@ SELECTION = pa.schema(
 
 INDEX = pa.schema(
     [
-        _field("shard", pa.string()),  # file name of the tar
+        _field("shard", pa.string()),  # file name of the tar, or 000000.slides
         _field("key", pa.string()),  # tile_id, or the image's path made a key
-        _field("suffix", pa.string()),  # "jpg" or "png"
+        _field("suffix", pa.string()),  # "jpg", "png", or "slide" (see `REFERENCE`)
         _field("offset", pa.int64()),  # of the image's first byte in the tar
         _field("size", pa.int64()),  # bytes
         _field("checksum", pa.string()),  # XXH3-128 of the bytes, hex
@@ -105,6 +105,21 @@ INDEX = pa.schema(
     ]
 )
 """One row a record, in shard order; a table of images may add columns of its own behind these."""
+
+REFERENCE = pa.schema(
+    [
+        _field("source_path", pa.string()),  # of the slide, absolute
+        _field("source_identity", pa.string()),  # its size and time of change, `records`
+        _field("source_mpp_x", pa.float64()),  # µm per level-0 pixel that the tile was placed by
+        _field("source_mpp_y", pa.float64()),
+        _field("level0_x", pa.float64()),  # exact origin in level-0 pixels
+        _field("level0_y", pa.float64()),
+        _field("size_px", pa.int32()),
+        _field("requested_mpp", pa.float64()),
+    ]
+)
+"""Further columns of an index whose records have the suffix ``slide``: a tile and not its bytes,
+where their ``offset`` and ``size`` are 0 and their ``checksum`` is empty."""
 
 FEATURE_ROWS = pa.schema(
     [
@@ -153,6 +168,27 @@ def make_tile_id(slide_id: str, level0_x: float, level0_y: float, mpp: float) ->
     return f"{slide_id}_{round(level0_x)}_{round(level0_y)}_{round(mpp * 1000)}"
 
 
+def full_schema(given: pa.Schema, schema: pa.Schema) -> pa.Schema:
+    """`schema`, the further fields of `given` behind it, and the version of the layout."""
+    extra = [given.field(name) for name in given.names if name not in schema.names]
+    return pa.schema([*schema, *extra]).with_metadata({"schema_version": str(SCHEMA_VERSION)})
+
+
+def check_table(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
+    """`table` in exactly the form of `schema`; `name` is the file that it is for.
+
+    Raises:
+        ValueError: a column is missing, of another type, or null where it must not be.
+    """
+    missing = [column for column in schema.names if column not in table.column_names]
+    if missing:
+        raise ValueError(f"{name}: the columns {', '.join(missing)} are missing")
+    for field in schema:
+        if not field.nullable and table[field.name].null_count:
+            raise ValueError(f"{name}: column '{field.name}' must not be null")
+    return table.select(schema.names).cast(schema)
+
+
 def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
     """Writes `table` to `path` atomically as Parquet, after checking it against `schema`.
 
@@ -161,12 +197,7 @@ def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
     Raises:
         ValueError: a column is missing, of another type, or null where it must not be.
     """
-    extra = [table.schema.field(n) for n in table.column_names if n not in schema.names]
-    full = pa.schema([*schema, *extra]).with_metadata({"schema_version": str(SCHEMA_VERSION)})
-    checked = table.select(full.names).cast(full)
-    for field in full:
-        if not field.nullable and checked[field.name].null_count:
-            raise ValueError(f"{path.name}: column '{field.name}' must not be null")
+    checked = check_table(table, full_schema(table.schema, schema), path.name)
     with replacing(path) as partial:
         pq.write_table(checked, partial, compression="zstd", store_schema=True)
 
@@ -175,19 +206,38 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Reads a table written by `write_table`.
 
     Raises:
+        InputError: see `open_table`; or its pages are damaged.
+    """
+    file = open_table(path, schema)
+    try:
+        return file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(path, error) from error
+
+
+def open_table(path: Path, schema: pa.Schema) -> pq.ParquetFile:
+    """A table written by `write_table`, of which nothing but the footer has been read.
+
+    Raises:
         InputError: the file is missing, not Parquet, of a newer version, or lacks a column.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; run the step that writes it first")
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path} is not a readable Parquet file: {first_line}") from error
-    version = int((table.schema.metadata or {}).get(b"schema_version", b"1"))
+        raise unreadable(path, error) from error
+    given = file.schema_arrow
+    version = int((given.metadata or {}).get(b"schema_version", b"1"))
     if version > SCHEMA_VERSION:
         raise InputError(f"{path} was written by a newer eosin (schema_version {version})")
-    missing = [name for name in schema.names if name not in table.column_names]
+    missing = [name for name in schema.names if name not in given.names]
     if missing:
         raise InputError(f"{path} lacks the columns {', '.join(missing)}")
-    return table
+    return file
+
+
+def unreadable(path: Path, error: Exception) -> InputError:
+    """The error of a Parquet file that cannot be read, in one line."""
+    first_line = str(error).strip().partition("\n")[0]
+    return InputError(f"{path} is not a readable Parquet file: {first_line}")

@@ -1,146 +1,51 @@
 """Reading shards by position: one `pread` a record, checked against its checksum.
 
-`eosin.data_curation.shards` writes the folder that is read here.
+`eosin.data_curation.shards` writes the folder that is read here; `shard_index` says where a record
+lies, `shard_store` where the shards are.
 """
 
 import os
-import re
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
-from eosin.configs.errors import EosinError, InputError
-from eosin.data_curation.codec import ImageError, decode_image
-from eosin.data_curation.manifest import INDEX, read_table
-from eosin.launch.artefacts import SCHEMA_VERSION, file_digest, read_json, stamp_of
-
-INDEX_NAME = "index.parquet"
-FAILED_NAME = "failed.parquet"
-MARKER_NAME = "shards.json"
-PARTS_NAME = "parts"
-SHARD_NAME = re.compile(r"\d{6}\.tar")
-
-DESCRIBED = {"count": int, "bytes": int, "xxh3_128": str}
-"""What the marker says of each shard, and the type that it has."""
-_SIDECAR = {**DESCRIBED, "part_xxh3_128": str, "failed": list, "with_metadata": int}
-_FAILED = dict.fromkeys(("key", "source", "status", "reason"), str)
-_MARKER = {
-    "stamp": str,
-    "shards": dict,
-    "failed": int,
-    "with_metadata": int,
-    "index_xxh3_128": str,
-    "failed_xxh3_128": str,
-}
-_DAMAGED = "{} is damaged; run the same 'eosin shard' again"
+from eosin.configs.errors import EosinError
+from eosin.data_curation.codec import MAX_BYTES, ImageError, decode_image, reduce_pixels
+from eosin.data_curation.shard_cache import CacheConfig
+from eosin.data_curation.shard_index import Place, ShardIndex
+from eosin.data_curation.shard_store import open_store
+from eosin.data_curation.slide import RegionError
+from eosin.data_curation.slide_metadata import SlideError
+from eosin.data_curation.slide_pool import SlidePool
 
 
 class RecordError(EosinError):
     """A record that is not what the index says; names shard and key."""
 
 
-def read_marker(shards: Path) -> dict[str, Any]:
-    """The marker that ends the writing of `shards`.
+class Payload(NamedTuple):
+    """What was read of a record, checked and not yet decoded."""
 
-    Its ``shards`` hold, by file name: ``count``, ``bytes`` and ``xxh3_128`` of each tar.
-
-    Raises:
-        InputError: there is none, or it is not readable, or of a newer version.
-    """
-    path = shards / MARKER_NAME
-    if not path.is_file():
-        why = "the folder does not exist" if not shards.is_dir() else f"it has no {MARKER_NAME}"
-        raise InputError(f"{shards} holds no finished shards: {why}; run 'eosin shard' to the end")
-    marker = _read_object(path)
-    version = marker["schema_version"]
-    if version > SCHEMA_VERSION:
-        raise InputError(f"{path} was written by a newer eosin (schema_version {version})")
-    if not (_has(marker, _MARKER) and all(_has(s, DESCRIBED) for s in marker["shards"].values())):
-        raise InputError(_DAMAGED.format(path))
-    if not all(SHARD_NAME.fullmatch(name) for name in marker["shards"]):
-        raise InputError(f"{path} names shards that are not of the form 000000.tar")
-    return marker
-
-
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """What was written of one shard: `DESCRIBED`, its part's hash and its failures.
-
-    Raises:
-        FileNotFoundError: there is none.
-        InputError: it is damaged.
-    """
-    sidecar = _read_object(path)
-    if not (_has(sidecar, _SIDECAR) and all(_has(row, _FAILED) for row in sidecar["failed"])):
-        raise InputError(_DAMAGED.format(path))
-    return sidecar
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, which has a ``schema_version``."""
-    try:
-        value = read_json(path)
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise InputError(_DAMAGED.format(path)) from error
-    if not _has(value, {"schema_version": int}):
-        raise InputError(_DAMAGED.format(path))
-    return dict(value)
-
-
-def _has(value: object, types: Mapping[str, type]) -> bool:
-    """Whether `value` is a JSON object with all these keys, each of its type."""
-    if not isinstance(value, dict):
-        return False
-    return all(type(value.get(key)) is kind for key, kind in types.items())
-
-
-def index_digest(shards: Path) -> str:
-    """XXH3-128 (hex) of the hashes of all shards: names the data that a run trained on.
-
-    Raises:
-        InputError: the shards were not finished.
-    """
-    described = read_marker(shards)["shards"]
-    return stamp_of(shards={name: described[name]["xxh3_128"] for name in sorted(described)})
+    place: Place
+    data: bytes
+    """The encoded image; empty where there are pixels."""
+    pixels: NDArray[np.uint8] | None
+    """RGB [H, W, 3] of a record that points into a slide."""
 
 
 def open_index(shards: Path) -> pa.Table:
-    """The index, after a check that every shard is there in its full size.
-
-    It costs one `stat` a shard and a read of the index; `eosin shard verify` reads every byte.
+    """The whole index of a local folder, after a check that every shard is there in its full size.
 
     Raises:
-        InputError: the shards were not finished, one is missing or of another size than its
-            sidecar says, or the index is damaged.
+        InputError: see `ShardReader`.
     """
-    marker = read_marker(shards)
-    for name, described in marker["shards"].items():
-        path = shards / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing; run the same 'eosin shard' again to remake it")
-        size = path.stat().st_size
-        if size != described["bytes"]:
-            raise InputError(
-                f"{path} has {size} bytes where {described['bytes']} were written; "
-                f"see 'eosin shard verify {shards}'"
-            )
-    index_path = shards / INDEX_NAME
-    if index_path.is_file() and file_digest(index_path) != marker["index_xxh3_128"]:
-        raise InputError(
-            f"{index_path} is not what was written with these shards; remove it and run the same "
-            "'eosin shard' again"
-        )
-    index = read_table(index_path, INDEX)
-    strangers = set(pc.unique(index["shard"]).to_pylist()) - set(marker["shards"])
-    if strangers:
-        raise InputError(f"{index_path} names unknown shards: {', '.join(sorted(strangers)[:3])}")
-    return index
+    return ShardIndex(open_store(shards)).table()
 
 
 def read_record(descriptor: int, offset: int, size: int) -> bytes:
@@ -152,37 +57,39 @@ class ShardReader:
     """Random access to the records of a folder of shards.
 
     Cheap to send to another process (it is opened anew there) and safe to use after a fork, since
-    reads carry their position.
+    reads carry their position. `fetch` and `decode` may be called from several threads at once,
+    the rest from one.
 
     Args:
-        shards: the folder.
-        max_open: tars that are held open at most.
+        shards: the folder, or its URL.
+        cache: where shards of a URL are kept.
+        max_open: tars, and slides of a thread, that are held open at most.
 
     Raises:
-        InputError: see `open_index`.
+        InputError: the shards were not finished, one is missing or of another size than was
+            written, or the index is not theirs.
+        ConfigError: see `shard_store.open_store`.
     """
 
-    def __init__(self, shards: Path, max_open: int = 64) -> None:
-        self.shards, self.max_open = shards, max_open
-        self.index = open_index(shards)
-        """One row a record, columns as in `manifest.INDEX` and the user's own behind."""
-        self.digest = index_digest(shards)
-        """See `index_digest`."""
-        self._names = pc.unique(self.index["shard"]).to_pylist()
-        codes = pc.index_in(self.index["shard"], pa.array(self._names, pa.string()))
-        self._name_of_row: NDArray[np.int32] = codes.to_numpy()
-        self._offset: NDArray[np.int64] = self.index["offset"].to_numpy()
-        self._size: NDArray[np.int64] = self.index["size"].to_numpy()
-        self._checksum = self.index["checksum"]
-        self._suffix = self.index["suffix"]
-        self._key = self.index["key"]
-        self._open: OrderedDict[str, int] = OrderedDict()
+    def __init__(
+        self, shards: str | Path, cache: CacheConfig | None = None, max_open: int = 64
+    ) -> None:
+        self._set_up(shards, cache, max_open, ShardIndex(open_store(shards, cache)))
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path, int]]:
-        return type(self), (self.shards, self.max_open)
+    def _set_up(
+        self, shards: str | Path, cache: CacheConfig | None, max_open: int, index: ShardIndex
+    ) -> None:
+        self.shards, self.cache, self.max_open, self.index = shards, cache, max_open, index
+        self.digest = index.digest
+        """See `shard_marker.digest_of`."""
+        self._tars = _OpenFiles(index, max_open)
+        self._slides = threading.local()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (type(self), self.shards, self.cache, self.max_open, self.index)
 
     def __len__(self) -> int:
-        return len(self._offset)
+        return len(self.index)
 
     def __enter__(self) -> Self:
         return self
@@ -194,46 +101,161 @@ class ShardReader:
         """The encoded image of the record in `row`.
 
         Raises:
-            RecordError: the bytes do not have the index's checksum, or cannot be read.
+            RecordError: the bytes do not have the index's checksum, or cannot be read; or the
+                record points into a slide.
         """
-        name = self._names[self._name_of_row[row]]
-        size = int(self._size[row])
-        try:
-            data = read_record(self._descriptor(name), int(self._offset[row]), size)
-        except OSError as error:
-            raise RecordError(f"{self._where(row)}: {error.strerror}") from error
-        if len(data) != size:
-            raise RecordError(f"{self._where(row)}: the shard ends within the record")
-        if xxhash.xxh3_128_hexdigest(data) != self._checksum[row].as_py():
-            raise RecordError(f"{self._where(row)}: checksum mismatch, the record is damaged")
-        return data
+        place = self.index.locate(row)
+        if place.suffix == "slide":
+            raise RecordError(f"{self.where(place)}: it points into a slide and has no bytes")
+        return self._read(place)
 
-    def image(self, row: int) -> NDArray[np.uint8]:
+    def payload(self, row: int) -> Payload:
+        """What `decode` needs of the record in `row`.
+
+        Raises:
+            RecordError: see `fetch`.
+        """
+        return self.fetch(self.index.locate(row))
+
+    def fetch(self, place: Place) -> Payload:
+        """What `decode` needs of the record at `place`, see `ShardIndex.locate`.
+
+        Raises:
+            RecordError: the bytes do not have the index's checksum, or cannot be read; the slide
+                that they are in is gone, another, or unreadable there.
+            EosinError: the shard cannot be fetched.
+        """
+        if place.suffix == "slide":
+            return Payload(place, b"", self._read_slide(place))
+        return Payload(place, self._read(place), None)
+
+    def decode(
+        self, payload: Payload, factor: int = 1, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        """The pixels of `payload`: RGB, uint8 [ceil(H / factor), ceil(W / factor), 3].
+
+        Args:
+            payload: of `payload` or `fetch`.
+            factor: see `codec.decode_image`.
+            out: likewise.
+
+        Raises:
+            RecordError: the image does not decode, or is of another size than the index says.
+        """
+        place = payload.place
+        try:
+            if payload.pixels is not None:
+                pixels = reduce_pixels(payload.pixels, factor, out)
+            else:
+                pixels = decode_image(payload.data, place.suffix, factor, out)
+        except ImageError as error:
+            raise RecordError(f"{self.where(place)}: {error}") from error
+        expected = (-(-place.height_px // factor), -(-place.width_px // factor))
+        if pixels.shape[:2] != expected:
+            raise RecordError(
+                f"{self.where(place)}: {pixels.shape[1]}×{pixels.shape[0]} pixels where the index "
+                f"says {expected[1]}×{expected[0]}"
+            )
+        return pixels
+
+    def image(self, row: int, factor: int = 1) -> NDArray[np.uint8]:
         """The decoded record in `row`: RGB, uint8 [H, W, 3].
 
         Raises:
-            RecordError: see `read`; or the image does not decode.
+            RecordError: see `fetch` and `decode`.
         """
-        try:
-            return decode_image(self.read(row), self._suffix[row].as_py())
-        except ImageError as error:
-            raise RecordError(f"{self._where(row)}: {error}") from error
+        return self.decode(self.payload(row), factor)
+
+    def where(self, place: Place) -> str:
+        """The record, as messages name it."""
+        shard = self.index.store.where(self.index.names[place.shard])
+        return f"{shard}, record '{self.index.key(place.row)}'"
 
     def close(self) -> None:
-        """Closes all tars; a later read opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        """Closes all tars and this thread's slides; a later read opens them again."""
+        self._tars.close()
+        self.close_slides()
 
-    def _descriptor(self, name: str) -> int:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
-        while len(self._open) >= self.max_open:
-            os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(self.shards / name, os.O_RDONLY)
-        self._open[name] = descriptor
-        return descriptor
+    def close_slides(self) -> None:
+        """Closes the slides that the calling thread holds open."""
+        pool = self._slides.__dict__.pop("pool", None)
+        if pool is not None:
+            pool.close()
 
-    def _where(self, row: int) -> str:
-        shard = self.shards / self._names[self._name_of_row[row]]
-        return f"{shard}, record '{self._key[row].as_py()}'"
+    def _read(self, place: Place) -> bytes:
+        offset, size = place.offset, place.size
+        end = self.index.shard_bytes(place.shard)
+        if not (0 <= offset <= offset + size <= end and size <= MAX_BYTES):
+            raise RecordError(f"{self.where(place)}: the shard ends within the record")
+        try:
+            tar = self._tars.get(place.shard)  # held, or another thread may close it meanwhile
+            data = read_record(tar.number, offset, size)
+        except OSError as error:
+            raise RecordError(f"{self.where(place)}: {error.strerror}") from error
+        if len(data) != size:
+            raise RecordError(f"{self.where(place)}: the shard ends within the record")
+        if xxhash.xxh3_128_digest(data) != place.checksum:
+            raise RecordError(f"{self.where(place)}: checksum mismatch, the record is damaged")
+        return data
+
+    def _read_slide(self, place: Place) -> NDArray[np.uint8]:
+        if place.reference is None:
+            raise RecordError(f"{self.where(place)}: the index does not say which slide it is of")
+        slides: dict[str, SlidePool] = self._slides.__dict__  # of this thread
+        if "pool" not in slides:
+            slides["pool"] = SlidePool(self.max_open)
+        try:
+            return slides["pool"].read(place.reference)
+        except (RegionError, SlideError) as error:
+            raise RecordError(f"{self.where(place)}: {error}") from error
+
+
+class _OpenFile:
+    """An open tar; closed when the last one that holds it lets go."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+class _OpenFiles:
+    """At most `max_open` open tars of a store; a thread that still reads one keeps it open."""
+
+    def __init__(self, index: ShardIndex, max_open: int) -> None:
+        self._index, self._max_open = index, max_open
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, shard: int) -> _OpenFile:
+        """The open tar of a shard."""
+        with self._lock:
+            file = self._open.get(shard)
+            if file is not None:
+                self._open.move_to_end(shard)
+                return file
+        # Outside of the lock: the store may have to fetch it first. Two threads may both open it.
+        file = _OpenFile(self._index.store.open(self._index.names[shard]))
+        with self._lock:
+            self._open[shard] = file
+            while len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+        return file
+
+    def close(self) -> None:
+        """Lets go of all."""
+        with self._lock:
+            self._open.clear()
+
+
+def _reopen(
+    kind: type[ShardReader],
+    shards: str | Path,
+    cache: CacheConfig | None,
+    max_open: int,
+    index: ShardIndex,
+) -> ShardReader:
+    reader = kind.__new__(kind)
+    reader._set_up(shards, cache, max_open, index)
+    return reader

@@ -1,10 +1,13 @@
-"""One shard: a USTAR archive with the same bytes whoever writes it, its index rows, its sidecar."""
+"""One shard: a USTAR archive with the same bytes whoever writes it, its index rows, its sidecar.
+
+Or, with ``pixels=slides``, no archive: index rows that say where in a slide each tile lies.
+"""
 
 import tarfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import xxhash
@@ -12,17 +15,24 @@ import xxhash
 from eosin.configs.errors import InputError
 from eosin.data_curation.codec import EncodedTile
 from eosin.data_curation.images import read_images
-from eosin.data_curation.manifest import INDEX, write_table
+from eosin.data_curation.manifest import INDEX, REFERENCE, write_table
 from eosin.data_curation.records import Failure, Records
-from eosin.data_curation.shard_reader import PARTS_NAME, read_sidecar
-from eosin.data_curation.slide_tiles import read_slide_tiles
+from eosin.data_curation.shard_marker import PARTS_NAME, read_sidecar
+from eosin.data_curation.slide_tiles import SlideUse, read_slide_tiles, slide_uses
 from eosin.launch.artefacts import file_digest, is_done, mark_done, replacing, stamp_of
 
 FORMAT = 1
 """Raised when the same input gives other bytes than before; shards are then remade."""
 
+SLIDE_SUFFIX = "slide"
+"""Suffix of a record whose pixels are in a slide."""
+
+Pixels = Literal["copy", "slides"]
+"""Where the pixels of a shard are: in a tar of its own, or only in the slides."""
+
 _BLOCK = 512
 _FACTS = ("suffix", "offset", "size", "checksum", "width_px", "height_px")
+_INDEX_OF_REFERENCES = pa.schema([*INDEX, *REFERENCE])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +41,19 @@ class ShardJob:
 
     out: Path
     name: str
-    """``000000``: the shard is ``000000.tar``."""
+    """``000000``: the shard is ``000000.tar``, or ``000000.slides``."""
     records: Records
     from_slides: bool
     jpeg_quality: int
     """Of tiles read from slides; images that exist already keep their bytes."""
+    pixels: Pixels = "copy"
+    refused: Mapping[SlideUse, Failure] = field(default_factory=dict)
+    """With ``pixels=slides``: slides that cannot serve their tiles."""
 
     @property
-    def tar(self) -> Path:
-        """The archive."""
-        return self.out / f"{self.name}.tar"
+    def shard(self) -> Path:
+        """The archive; with ``pixels=slides`` a name only, in the index and the marker."""
+        return self.out / f"{self.name}.{'tar' if self.pixels == 'copy' else 'slides'}"
 
     @property
     def sidecar(self) -> Path:
@@ -54,38 +67,51 @@ class ShardJob:
 
     def stamp(self) -> str:
         """The hash of everything that the shard's bytes and rows depend on."""
-        source = self.records.source.drop_columns("path")
+        labels, source = self.records.labels.to_pydict(), self.records.source
+        if self.pixels == "slides":  # whose rows hold the path
+            return stamp_of(
+                format=FORMAT, pixels="slides", labels=labels, source=source.to_pydict()
+            )
         return stamp_of(
             format=FORMAT,
             jpeg_quality=self.jpeg_quality if self.from_slides else None,
-            labels=self.records.labels.to_pydict(),
-            source=source.to_pydict(),
+            labels=labels,
+            source=source.drop_columns("path").to_pydict(),
         )
 
     def is_finished(self, stamp: str) -> bool:
         """Whether the shard is there, complete, and made with `stamp`."""
-        if not (is_done(self.sidecar, stamp) and self.tar.is_file() and self.part.is_file()):
+        if not (is_done(self.sidecar, stamp) and self.part.is_file()):
             return False
         try:
             described = read_sidecar(self.sidecar)
         except InputError:
             return False
-        return bool(self.tar.stat().st_size == described["bytes"])
+        if self.pixels == "slides":
+            return True
+        return self.shard.is_file() and bool(self.shard.stat().st_size == described["bytes"])
 
 
 def write_shard(job: ShardJob) -> None:
     """Writes a shard: archive, index rows, sidecar, in this order and each in one piece."""
     job.sidecar.unlink(missing_ok=True)
+    if job.pixels == "slides":
+        _write_references(job)
+    else:
+        _write_archive(job)
+
+
+def _write_archive(job: ShardJob) -> None:
     facts: dict[str, list[Any]] = {name: [] for name in _FACTS}
     kept: list[int] = []
     failed: list[dict[str, str]] = []
     with_metadata = 0
-    with replacing(job.tar) as partial, partial.open("wb") as file:
+    with replacing(job.shard) as partial, partial.open("wb") as file:
         writer = TarWriter(file)
         keys = job.records.labels["key"].to_pylist()
         for row, (key, tile) in enumerate(zip(keys, read_tiles(job), strict=True)):
             if isinstance(tile, Failure):
-                failed.append({"key": key, "source": _source_of(job.records, row), **asdict(tile)})
+                failed.append(_failed_row(job.records, row, tile))
                 continue
             kept.append(row)
             with_metadata += tile.has_metadata
@@ -93,15 +119,57 @@ def write_shard(job: ShardJob) -> None:
                 facts[name].append(value)
         digest, size = writer.close()
     write_table(_index_rows(job, kept, facts), job.part, INDEX)
+    _mark(job, len(kept), size, digest, failed, with_metadata)
+
+
+def _write_references(job: ShardJob) -> None:
+    """The rows of tiles that stay in their slides, and a sidecar: no slide is read here."""
+    uses = slide_uses(job.records.source)
+    kept = [row for row, use in enumerate(uses) if use not in job.refused]
+    failed = [
+        _failed_row(job.records, row, job.refused[use])
+        for row, use in enumerate(uses)
+        if use in job.refused
+    ]
+    source = job.records.source.take(pa.array(kept, pa.int64()))
+    n, side_px = len(kept), source["size_px"].to_pylist()
+    facts: dict[str, list[Any]] = {
+        **{"suffix": [SLIDE_SUFFIX] * n, "offset": [0] * n, "size": [0] * n, "checksum": [""] * n},
+        **{"width_px": side_px, "height_px": side_px},
+    }
+    rows = _index_rows(job, kept, facts)
+    for name in REFERENCE.names:
+        rows = rows.append_column(name, source[name.removeprefix("source_")])
+    write_table(rows, job.part, _INDEX_OF_REFERENCES)
+    _mark(job, n, 0, reference_digest(rows), failed, 0)
+
+
+def reference_digest(rows: pa.Table) -> str:
+    """The hash that stands for the bytes of a shard whose `rows` point into slides.
+
+    Keys, the slides' identities and the places in them: what decides the pixels. Paths do not, so
+    that slides can move (with their times) without becoming other data to a run.
+
+    Args:
+        rows: the shard's rows of the index, all of them in their order.
+    """
+    names = ["key", *REFERENCE.names]
+    names.remove("source_path")
+    return stamp_of(rows=rows.select(names).to_pydict())
+
+
+def _mark(
+    job: ShardJob, count: int, size: int, digest: str, failed: list[dict[str, str]], exif: int
+) -> None:
     mark_done(
         job.sidecar,
         job.stamp(),
-        count=len(kept),
+        count=count,
         bytes=size,
         xxh3_128=digest,
         part_xxh3_128=file_digest(job.part),
         failed=failed,
-        with_metadata=with_metadata,
+        with_metadata=exif,
     )
 
 
@@ -149,15 +217,17 @@ def read_tiles(job: ShardJob) -> Iterator[EncodedTile | Failure]:
     return read_images(job.records.source)
 
 
-def _source_of(records: Records, row: int) -> str:
-    """An image's path as it was given, or a tile's slide."""
+def _failed_row(records: Records, row: int, failure: Failure) -> dict[str, str]:
+    """A row of `manifest.FAILED` without its shard."""
+    # An image's path as it was given, or a tile's slide.
     column = "path" if "path" in records.labels.column_names else "slide_id"
-    return str(records.labels[column][row].as_py())
+    key, source = (str(records.labels[name][row].as_py()) for name in ("key", column))
+    return {"key": key, "source": source, **asdict(failure)}
 
 
 def _index_rows(job: ShardJob, kept: list[int], facts: dict[str, list[Any]]) -> pa.Table:
     rows = job.records.labels.take(pa.array(kept, pa.int64()))
-    rows = rows.append_column("shard", pa.array([job.tar.name] * len(kept), pa.string()))
+    rows = rows.append_column("shard", pa.array([job.shard.name] * len(kept), pa.string()))
     for name, values in facts.items():
         rows = rows.append_column(name, pa.array(values, INDEX.field(name).type))
     return rows

@@ -4,12 +4,15 @@ A folder of shards holds ``NNNNNN.tar`` (USTAR, one member a tile), a sidecar ``
 ``parts/NNNNNN.parquet`` (the shard's rows of the index), ``index.parquet``, ``failed.parquet`` and,
 last, ``shards.json``. A shard is done when its sidecar holds the stamp of its records, so that a
 rerun makes what is missing or changed, and nothing else.
+
+With ``pixels=slides`` there are no tars: shards called ``NNNNNN.slides`` are rows of the index that
+say where in a slide each tile lies, dealt out as they would be with tars.
 """
 
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +22,12 @@ from numpy.typing import NDArray
 
 from eosin.configs.errors import InputError, TooManyFailedError
 from eosin.data_curation.codec import EncodedTile
+from eosin.data_curation.energon_index import remove_energon
 from eosin.data_curation.images import image_records
 from eosin.data_curation.manifest import FAILED, INDEX, read_table, write_table
-from eosin.data_curation.records import Records, check_rules, draw
-from eosin.data_curation.shard_reader import (
+from eosin.data_curation.records import Failure, Records, check_rules, draw
+from eosin.data_curation.shard_index import write_index
+from eosin.data_curation.shard_marker import (
     DESCRIBED,
     FAILED_NAME,
     INDEX_NAME,
@@ -31,15 +36,25 @@ from eosin.data_curation.shard_reader import (
     read_marker,
     read_sidecar,
 )
-from eosin.data_curation.shard_writer import ShardJob, read_tiles, write_shard
-from eosin.data_curation.slide_tiles import tile_records
+from eosin.data_curation.shard_writer import Pixels, ShardJob, read_tiles, write_shard
+from eosin.data_curation.slide_tiles import (
+    SlideUse,
+    check_slide,
+    refuse_reference_columns,
+    slide_uses,
+    tile_records,
+)
 from eosin.data_curation.worker_pool import count_workers, run_jobs
 from eosin.launch.artefacts import file_digest, mark_done, stamp_of
 from eosin.launch.progress import Meter, format_seconds
 
-_OURS = re.compile(r"\.?(\d{6})\.(tar|json|parquet)(\.partial)?")
+INDEX_LAYOUT = 2
+"""Raised when index.parquet is laid out anew: it is then rewritten from the parts."""
+
+_OURS = re.compile(r"\.?(\d{6})\.(tar|tar\.idx|json|parquet)(\.partial)?")
 _NAMED = 3  # examples in a line that names some of many
 _TRIED = 16  # tiles that a plan reads
+_LIGHT_JOBS = 16  # jobs of some milliseconds that are worth starting a process for
 _WORKER_MB = 200  # memory of a worker, as measured; it holds one tile at a time
 
 
@@ -55,8 +70,13 @@ class ShardOptions:
     mix_slides: int = 64
     """Slides whose tiles are shuffled together (0: all). More mixes better for readers that only
     stream; fewer opens each slide less often. `eosin pretrain` reads by index: any will do."""
+    pixels: Pixels = "copy"
+    """``copy``: tiles become images in tars. ``slides``: an index alone, whose records are read
+    from the slides whenever they are needed: no second copy, but the slides must stay as they are,
+    reading is slower, and a region that cannot be decoded is found only then. Keys, shards and
+    order are the same. Readers keep 64 slides open: with more, a low `mix_slides` saves opening."""
     jpeg_quality: int = 90
-    """Of tiles read from slides, encoded 4:4:4; images that exist already keep their bytes."""
+    """Of tiles copied from slides, encoded 4:4:4; images that exist already keep their bytes."""
     seed: int = 0
     """Deals the tiles out to shards."""
     workers: int = 0
@@ -99,6 +119,8 @@ class ShardConfig(ShardOptions):
             raise ValueError("give either images (tiles that exist) or tiles (of 'eosin tile')")
         if self.selection is not None and self.tiles is None:
             raise ValueError("selection goes with tiles, not with images")
+        if self.pixels == "slides" and self.images is not None:
+            raise ValueError("pixels=slides goes with tiles, not with images")
 
 
 def shard(config: ShardConfig) -> None:
@@ -113,12 +135,14 @@ def shard(config: ShardConfig) -> None:
     _refuse_missing(records, config)
     dealt = deal(records, config.records_per_shard, config.mix_slides, config.seed)
     stamps, todo = _survey(config, records, dealt)
-    marker, whole = config.out / MARKER_NAME, stamp_of(shards=stamps)
+    marker, whole = config.out / MARKER_NAME, stamp_of(shards=stamps, index=INDEX_LAYOUT)
     if todo or not _is_finished(config.out, whole):
         marker.unlink(missing_ok=True)
+        if todo:
+            remove_energon(config.out)
         _write_shards(config, records, dealt, todo)
-        _remove_strangers(config.out, len(dealt))
-        _finish(config.out, len(dealt), whole)
+        _remove_strangers(config, len(dealt))
+        _finish(config, len(dealt), whole)
     _conclude(config, len(records), len(todo))
 
 
@@ -138,6 +162,12 @@ def plan(config: ShardConfig) -> str:
     _refuse_missing(records, config)
     dealt = deal(records, config.records_per_shard, config.mix_slides, config.seed)
     _, todo = _survey(config, records, dealt)
+    if config.pixels == "slides":
+        return (
+            f"{len(records)} tiles in {len(dealt)} shards of {config.out}, {len(todo)} to be made: "
+            f"no pixels are copied; {len(_uses_of(records, dealt, todo))} slides are opened once "
+            "to see that they serve their tiles"
+        )
     rows = np.unique(np.linspace(0, len(records) - 1, _TRIED).astype(np.int64))
     started = time.monotonic()
     tiles = list(read_tiles(_job(config, records, [rows], 0)))
@@ -178,7 +208,10 @@ def _gather(config: ShardConfig) -> Records:
     if config.images is not None:
         return image_records(config.images, config.keep)
     assert config.tiles is not None  # by the config's own check
-    return tile_records(config.tiles, config.selection, config.keep)
+    records = tile_records(config.tiles, config.selection, config.keep)
+    if config.pixels == "slides":
+        refuse_reference_columns(records)
+    return records
 
 
 def _refuse_missing(records: Records, config: ShardConfig) -> None:
@@ -196,7 +229,11 @@ def _refuse_missing(records: Records, config: ShardConfig) -> None:
 
 
 def _job(
-    config: ShardConfig, records: Records, dealt: Sequence[NDArray[np.int64]], number: int
+    config: ShardConfig,
+    records: Records,
+    dealt: Sequence[NDArray[np.int64]],
+    number: int,
+    refused: Mapping[SlideUse, Failure] | None = None,
 ) -> ShardJob:
     return ShardJob(
         out=config.out,
@@ -204,6 +241,8 @@ def _job(
         records=records.take(pa.array(dealt[number])),
         from_slides=config.tiles is not None,
         jpeg_quality=config.jpeg_quality,
+        pixels=config.pixels,
+        refused=refused or {},
     )
 
 
@@ -223,26 +262,52 @@ def _survey(
 def _write_shards(
     config: ShardConfig, records: Records, dealt: Sequence[NDArray[np.int64]], todo: list[int]
 ) -> None:
-    jobs: Iterator[ShardJob] = (_job(config, records, dealt, number) for number in todo)
-    workers = max(1, min(count_workers(config.workers), len(todo)))
+    refused = {}
+    if config.pixels == "slides":
+        refused = _refuse_slides(config, _uses_of(records, dealt, todo))
+    jobs: Iterator[ShardJob] = (_job(config, records, dealt, number, refused) for number in todo)
+    n_jobs = len(todo) if config.pixels == "copy" else len(todo) // _LIGHT_JOBS
+    workers = max(1, min(count_workers(config.workers), n_jobs))
     n_todo = sum(len(dealt[number]) for number in todo)
     with Meter("shard", len(records), "tiles", done=len(records) - n_todo) as meter:
         for job, _ in run_jobs(write_shard, jobs, workers):
-            meter.advance(len(job.records), job.tar.name)
+            meter.advance(len(job.records), job.shard.name)
 
 
-def _finish(out: Path, n_shards: int, stamp: str) -> None:
+def _uses_of(
+    records: Records, dealt: Sequence[NDArray[np.int64]], todo: list[int]
+) -> list[SlideUse]:
+    """The slides behind the shards `todo`, each once."""
+    rows = np.concatenate([np.empty(0, np.int64), *(dealt[number] for number in todo)])
+    source = records.source.take(pa.array(rows)).select(SlideUse._fields)
+    return sorted(slide_uses(source.group_by(SlideUse._fields).aggregate([])))
+
+
+def _refuse_slides(config: ShardConfig, uses: list[SlideUse]) -> dict[SlideUse, Failure]:
+    """The slides that cannot serve their tiles; each is opened once."""
+    workers = max(1, min(count_workers(config.workers), len(uses) // _LIGHT_JOBS))
+    refused = {}
+    with Meter("shard", len(uses), "slides") as meter:
+        for use, failure in run_jobs(check_slide, uses, workers):
+            if failure is not None:
+                refused[use] = failure
+            meter.advance(1, use.path)
+    return refused
+
+
+def _finish(config: ShardConfig, n_shards: int, stamp: str) -> None:
     """Writes the tables and the marker from what the shards' sidecars and parts say."""
+    out, suffix = config.out, "tar" if config.pixels == "copy" else "slides"
     names = [f"{number:06d}" for number in range(n_shards)]
-    parts = [read_table(out / PARTS_NAME / f"{name}.parquet", INDEX) for name in names]
-    write_table(pa.concat_tables(parts), out / INDEX_NAME, INDEX)
-    sidecars = {f"{name}.tar": read_sidecar(out / f"{name}.json") for name in names}
-    failed = [{"shard": tar, **row} for tar, car in sidecars.items() for row in car["failed"]]
+    parts = (read_table(out / PARTS_NAME / f"{name}.parquet", INDEX) for name in names)
+    write_index(parts, out / INDEX_NAME)
+    sidecars = {f"{name}.{suffix}": read_sidecar(out / f"{name}.json") for name in names}
+    failed = [{"shard": name, **row} for name, car in sidecars.items() for row in car["failed"]]
     write_table(pa.Table.from_pylist(failed, FAILED), out / FAILED_NAME, FAILED)
     mark_done(
         out / MARKER_NAME,
         stamp,
-        shards={tar: {key: car[key] for key in DESCRIBED} for tar, car in sidecars.items()},
+        shards={name: {key: car[key] for key in DESCRIBED} for name, car in sidecars.items()},
         failed=len(failed),
         with_metadata=sum(car["with_metadata"] for car in sidecars.values()),
         index_xxh3_128=file_digest(out / INDEX_NAME),
@@ -250,12 +315,15 @@ def _finish(out: Path, n_shards: int, stamp: str) -> None:
     )
 
 
-def _remove_strangers(out: Path, n_shards: int) -> None:
-    """Removes shards of an earlier, larger run, and what a killed one left half written."""
-    for folder in (out, out / PARTS_NAME):
+def _remove_strangers(config: ShardConfig, n_shards: int) -> None:
+    """Removes shards of an earlier run that was larger or copied, and what a killed one left."""
+    for folder in (config.out, config.out / PARTS_NAME):
         for path in folder.iterdir():
             match = _OURS.fullmatch(path.name)
-            if match and (match[3] or int(match[1]) >= n_shards):
+            if match is None:
+                continue
+            copied = match[2].startswith("tar") and config.pixels == "slides"
+            if match[3] or copied or int(match[1]) >= n_shards:
                 path.unlink()
 
 
@@ -272,10 +340,12 @@ def _conclude(config: ShardConfig, n_records: int, n_made: int) -> None:
             "look into them before the shards leave the house",
             file=sys.stderr,
         )
-    total_mb = sum(shard["bytes"] for shard in shards) / 1e6
+    size = f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB"
+    if config.pixels == "slides":
+        size = "the pixels stay in the slides"
     print(
         f"shard: {sum(shard['count'] for shard in shards)} tiles in {len(shards)} shards "
-        f"({n_made} made now, {total_mb:.1f} MB), {failed.num_rows} failed → {config.out}"
+        f"({n_made} made now, {size}), {failed.num_rows} failed → {config.out}"
     )
     if failed.num_rows > config.max_failed * n_records:
         raise TooManyFailedError(

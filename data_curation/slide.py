@@ -235,8 +235,9 @@ class Slide:
         try:
             region: Image.Image = self._handle.read_region(location, level.index, (width, height))
         except openslide.OpenSlideError as error:
-            self._handle.close()  # after an error OpenSlide refuses every further call
-            self._handle = _open(self.path)
+            # After an error OpenSlide refuses every further call.
+            broken, self._handle = self._handle, _open(self.path)
+            broken.close()
             raise RegionError(f"not decodable: {_one_line(error, self.path)}") from error
         if np.asarray(region.getchannel("A")).min() < _HOLE_ALPHA:
             if not holes_are_white:

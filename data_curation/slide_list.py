@@ -8,14 +8,14 @@ from pathlib import Path
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.images import refuse_repeated
-from eosin.data_curation.manifest import INDEX, SELECTION, SLIDES, TILES, make_id
+from eosin.data_curation.manifest import INDEX, REFERENCE, SELECTION, SLIDES, TILES, make_id
 from eosin.data_curation.slide import SLIDE_SUFFIXES
 
 _DICOM_SERIES_TAG = b"\x20\x00\x0e\x00UI"  # (0020,000E) SeriesInstanceUID, explicit little endian
 _DICOM_HEADER_BYTES = 1 << 16
 
 _READ = {"path", "mpp", "mpp_x", "mpp_y", "group", "stain"}
-_TABLES = (SLIDES, TILES, SELECTION, INDEX)
+_TABLES = (SLIDES, TILES, SELECTION, INDEX, REFERENCE)
 _RESERVED = {name for schema in _TABLES for name in schema.names} | {"identity"}
 """Columns that the tables on the way to the index have already."""
 

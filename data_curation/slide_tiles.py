@@ -3,14 +3,21 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.codec import EncodedTile, encode_tile
-from eosin.data_curation.manifest import SELECTION, SLIDES, TILES, Status, read_table
+from eosin.data_curation.manifest import (
+    REFERENCE,
+    SELECTION,
+    SLIDES,
+    TILES,
+    Status,
+    read_table,
+)
 from eosin.data_curation.records import (
     LABELS,
     Failure,
@@ -21,6 +28,7 @@ from eosin.data_curation.records import (
 )
 from eosin.data_curation.slide import RegionError, Slide
 from eosin.data_curation.slide_metadata import SlideError
+from eosin.data_curation.slide_pool import check_identity
 
 _SOURCE = ("path", "identity", "mpp_x", "mpp_y", "level0_x", "level0_y", "size_px", "requested_mpp")
 
@@ -85,6 +93,43 @@ def _with_slides(table: pa.Table, slides: pa.Table) -> pa.Table:
         if name not in table.column_names:
             table = table.append_column(name, slides[name].take(position))
     return table
+
+
+class SlideUse(NamedTuple):
+    """A slide as tiles need it: what opens it, and the scale that it must serve."""
+
+    path: str
+    identity: str
+    mpp_x: float
+    mpp_y: float
+    requested_mpp: float
+
+
+def slide_uses(source: pa.Table) -> list[SlideUse]:
+    """The use that each row of `Records.source` makes of its slide, in the rows' order."""
+    columns = (source[name].to_pylist() for name in SlideUse._fields)
+    return [SlideUse(*values) for values in zip(*columns, strict=True)]
+
+
+def check_slide(use: SlideUse) -> Failure | None:
+    """Why the slide cannot serve its tiles, or None. It is opened, but none of its pixels read."""
+    try:
+        check_identity(use.path, use.identity)
+        with Slide(Path(use.path), mpp=(use.mpp_x, use.mpp_y)) as slide:
+            slide.level_for(use.requested_mpp)
+    except SlideError as error:
+        return Failure(status=error.status, reason=str(error))
+    return None
+
+
+def refuse_reference_columns(records: Records) -> None:
+    """Raises InputError where a column of the user's has a name of `manifest.REFERENCE`."""
+    taken = sorted(set(REFERENCE.names) & set(records.labels.column_names))
+    if taken:
+        raise InputError(
+            f"the table of slides has a column '{taken[0]}', a name that pixels=slides needs; "
+            "rename it and tile again"
+        )
 
 
 def read_slide_tiles(source: pa.Table, jpeg_quality: int) -> Iterator[EncodedTile | Failure]:

@@ -1,32 +1,38 @@
 """``eosin shard verify``: every shard and record against its checksum; the damaged ones by name.
 
 Readers of tars do not notice an archive that was cut at a member's header: they see fewer tiles.
-Here the sidecar, the marker, the index and the archive's own members must all agree.
+Here the sidecar, the marker, the index and the archive's own members must all agree. Where records
+point into slides, these must be there and unchanged; their pixels are not read.
 """
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import xxhash
 
 from eosin.configs.errors import EosinError, InputError
-from eosin.data_curation.manifest import INDEX, read_table
-from eosin.data_curation.shard_reader import (
+from eosin.data_curation.manifest import INDEX, REFERENCE, open_table
+from eosin.data_curation.shard_marker import (
     DESCRIBED,
     FAILED_NAME,
     INDEX_NAME,
     MARKER_NAME,
     PARTS_NAME,
+    POINTING,
     SHARD_NAME,
     read_marker,
-    read_record,
     read_sidecar,
 )
+from eosin.data_curation.shard_reader import read_record
+from eosin.data_curation.shard_writer import reference_digest
+from eosin.data_curation.slide_metadata import SlideError
+from eosin.data_curation.slide_pool import check_identity
 from eosin.data_curation.worker_pool import count_workers, run_jobs
 from eosin.launch.artefacts import file_digest
 from eosin.launch.progress import Meter
@@ -60,12 +66,15 @@ class Problem:
 
     def __str__(self) -> str:
         record = f", record '{self.record}'" if self.record else ""
-        return f"{self.file}{record}: {self.what}"
+        line = f"{self.file}{record}: {self.what}"
+        # Names come from the folder: none may break the line or drive the terminal.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     tar: Path
+    """Or the name of a shard that points into slides."""
     described: dict[str, Any] | None
     """What the marker says of the shard."""
     rows: pa.Table | None
@@ -102,16 +111,16 @@ def find_problems(shards: Path, workers: int = 0) -> tuple[list[Problem], int, i
         raise InputError(f"{shards} is not a folder of shards: it does not exist")
     problems: list[Problem] = []
     marker = _read_marker(shards, problems)
-    index = _read_index(shards, marker, problems)
+    index = _open_index(shards, marker, problems)
     names = set(marker["shards"]) if marker else _shards_on_disk(shards)
     problems += _strangers(shards, names)
     jobs = (
         _Job(
             tar=shards / name,
             described=marker["shards"][name] if marker else None,
-            rows=None if index is None else index.filter(pc.equal(index["shard"], name)),
+            rows=rows,
         )
-        for name in sorted(names)
+        for name, rows in _rows_by_shard(index, sorted(names), problems)
     )
     found: dict[str, list[Problem]] = {}
     n_workers = max(1, min(count_workers(workers), len(names)))
@@ -120,7 +129,7 @@ def find_problems(shards: Path, workers: int = 0) -> tuple[list[Problem], int, i
             found[job.tar.name] = result
             meter.advance(1, job.tar.name)
     problems += [problem for name in sorted(found) for problem in found[name]]
-    return problems, len(names), 0 if index is None else index.num_rows
+    return problems, len(names), 0 if index is None else index.metadata.num_rows
 
 
 def _read_marker(shards: Path, problems: list[Problem]) -> dict[str, Any] | None:
@@ -131,9 +140,9 @@ def _read_marker(shards: Path, problems: list[Problem]) -> dict[str, Any] | None
         return None
 
 
-def _read_index(
+def _open_index(
     shards: Path, marker: dict[str, Any] | None, problems: list[Problem]
-) -> pa.Table | None:
+) -> pq.ParquetFile | None:
     for name in (INDEX_NAME, FAILED_NAME):
         path = shards / name
         if not path.is_file():
@@ -141,17 +150,61 @@ def _read_index(
         elif marker and file_digest(path) != marker[f"{path.stem}_xxh3_128"]:
             problems.append(Problem(file=name, what="not what was written: checksum mismatch"))
     try:
-        return read_table(shards / INDEX_NAME, INDEX)
-    except (InputError, OSError) as error:
+        return open_table(shards / INDEX_NAME, INDEX)
+    except InputError as error:
         if (shards / INDEX_NAME).is_file():
             problems.append(Problem(file=INDEX_NAME, what=f"unreadable: {error}"))
         return None
 
 
+def _rows_by_shard(
+    index: pq.ParquetFile | None, names: Iterable[str], problems: list[Problem]
+) -> Iterator[tuple[str, pa.Table | None]]:
+    """The rows of each shard, as far as they can be read; only one shard's are in memory."""
+    groups = [] if index is None else _names_in_groups(index)
+    for name in names:
+        if index is None:
+            yield name, None
+            continue
+        wanted = [number for number, (low, high) in enumerate(groups) if low <= name <= high]
+        try:
+            rows = index.read_row_groups(wanted)
+            yield name, rows.filter(pc.equal(rows["shard"], name))
+        except (pa.ArrowException, OSError) as error:
+            first_line = str(error).strip().partition("\n")[0]
+            what = f"unreadable: the rows of {name}: {first_line}"
+            problems.append(Problem(file=INDEX_NAME, what=what))
+            yield name, None
+
+
+def _names_in_groups(index: pq.ParquetFile) -> list[tuple[str, str]]:
+    """The first and last name of a shard in each row group, by its statistics."""
+    column = index.schema_arrow.get_field_index("shard")
+    found = []
+    for number in range(index.metadata.num_row_groups):
+        statistics = index.metadata.row_group(number).column(column).statistics
+        known = statistics is not None and statistics.has_min_max
+        found.append((statistics.min, statistics.max) if known else ("", "~"))
+    return found
+
+
 def _shards_on_disk(shards: Path) -> set[str]:
-    """Names of the tars that are there, or that have a sidecar there."""
-    names = {f"{path.stem}.tar" for path in shards.iterdir() if path.suffix in (".tar", ".json")}
+    """Names of the tars that are there, or that a sidecar there describes."""
+    names = set()
+    for path in shards.iterdir():
+        if path.suffix == ".tar":
+            names.add(path.name)
+        elif path.suffix == ".json":
+            names.add(f"{path.stem}{POINTING if _describes_no_tar(path) else '.tar'}")
     return {name for name in names if SHARD_NAME.fullmatch(name)}
+
+
+def _describes_no_tar(sidecar: Path) -> bool:
+    """Whether a sidecar is of a shard that points into slides: no tar has 0 bytes."""
+    try:
+        return bool(read_sidecar(sidecar)["bytes"] == 0)
+    except (InputError, OSError):
+        return False
 
 
 def _strangers(shards: Path, names: set[str]) -> Iterator[Problem]:
@@ -182,6 +235,9 @@ def _check_shard(job: _Job) -> list[Problem]:
     except InputError:
         problems.append(Problem(file=sidecar.name, what="damaged"))
     try:
+        if job.tar.suffix == POINTING:
+            problems += _check_references(job.tar, job.rows, described)
+            return problems
         if described is not None:
             problems += _check_file(job.tar, described)
         if job.rows is not None:
@@ -232,6 +288,28 @@ def _check_records(tar: Path, rows: pa.Table) -> Iterator[Problem]:
                 yield Problem(file=tar.name, record=row["key"], what=what)
     for name in members:
         yield Problem(file=tar.name, record=name, what="extra: the index does not have it")
+
+
+def _check_references(
+    shard: Path, rows: pa.Table | None, described: dict[str, Any] | None
+) -> Iterator[Problem]:
+    """The rows against their hash, and each slide against what it was when they were written."""
+    if rows is None:
+        return
+    lacking = [name for name in REFERENCE.names if name not in rows.column_names]
+    if lacking:
+        yield Problem(file=shard.name, what=f"damaged: the index lacks {', '.join(lacking)}")
+        return
+    if described is not None and reference_digest(rows) != described["xxh3_128"]:
+        yield Problem(file=shard.name, what="damaged: checksum mismatch")
+    slides = rows.select(["source_path", "source_identity"]).group_by(
+        ["source_path", "source_identity"], use_threads=False
+    )
+    for slide in slides.aggregate([]).to_pylist():
+        try:
+            check_identity(slide["source_path"], slide["source_identity"])
+        except SlideError as error:
+            yield Problem(file=shard.name, what=error.reason)
 
 
 def _members(tar: Path) -> dict[str, tuple[int, int]]:

@@ -12,15 +12,14 @@ import torch
 from torch import nn
 
 from eosin.launch.stopwatch import NoWatch, Watch, watched
+from eosin.pretrain.batch import Batch, Inputs
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Losses
-from eosin.pretrain.loader import Batch, normalise
 from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
 from eosin.pretrain.plain_step import PlainDistiller, clip
 from eosin.pretrain.positions import Jitter
 from eosin.pretrain.step_guard import StepGuard
-from eosin.pretrain.train import Rates, build_model, forward, masks_of
-from eosin.pretrain.upload import upload
+from eosin.pretrain.train import Rates, build_model, forward
 
 INPUTS = "inputs"
 TEACHER = "teacher"
@@ -62,6 +61,7 @@ class FastStep:
         self, config: PretrainConfig, device: torch.device, dtype: torch.dtype, folder: Path
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
+        self.inputs = Inputs(device, config.mean, config.std)
         self.model, self.choices = build_model(config, device, dtype)
         self.optimizer = build_optimizer(self.model.student, config.model.depth, config.optim)
         self.parts = dict(self.model.student.named_children())
@@ -81,7 +81,7 @@ class FastStep:
         self.watch = watch
         watch.switch(INPUTS)
         rates = Rates.at(self.config, batch.step)
-        losses, outputs = forward(self.config, self.model, batch, rates, self.device, self.dtype)
+        losses, outputs = forward(self.config, self.model, batch, rates, self.inputs, self.dtype)
         watch.switch(BACKWARD)
         losses.total.backward()
         watch.switch(OPTIMISER)
@@ -110,7 +110,7 @@ class PlainStep:
 
     def __init__(self, fast: FastStep) -> None:
         self.config, self.device, self.dtype = fast.config, fast.device, fast.dtype
-        config = self.config
+        config, self.inputs = self.config, fast.inputs
         self.model = PlainDistiller(config.model, config.objective, config.group)
         self.model.student.load_state_dict(fast.model.student.state_dict())
         self.model.teacher.load_state_dict(fast.model.teacher.state_dict())
@@ -125,13 +125,10 @@ class PlainStep:
         config, step = self.config, batch.step
         watch.switch(INPUTS)
         rates = Rates.at(config, step)
-        masks = masks_of(config, step)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            crops = [
-                normalise(upload(part, self.device), config.mean, config.std, torch.float32)
-                for part in (batch.global_crops, batch.local_crops)
-            ]
-            losses = self.model(*crops, masks, rates.temperature, Jitter(config.seed, step))
+            crops = self.inputs(batch.images)
+            jitter = Jitter(config.seed, step)
+            losses = self.model(*crops, batch.masks, rates.temperature, jitter)
         watch.switch(BACKWARD)
         losses.total.backward()
         watch.switch(OPTIMISER)

@@ -37,10 +37,11 @@ from eosin.launch.stopwatch import (
 )
 from eosin.pretrain.attention import AttentionName
 from eosin.pretrain.augment import AugmentConfig
+from eosin.pretrain.batch import Batch, Crops
 from eosin.pretrain.config import CompileName, PretrainConfig
 from eosin.pretrain.flops import StepShape, executed_flops, nominal_flops
 from eosin.pretrain.heads import HeadConfig
-from eosin.pretrain.loader import Batch, LoaderConfig, batches
+from eosin.pretrain.loader import LoaderConfig, batches, open_shards
 from eosin.pretrain.loss_memory import compare_loss_memory
 from eosin.pretrain.masking import MaskConfig
 from eosin.pretrain.network import ObjectiveConfig
@@ -48,7 +49,7 @@ from eosin.pretrain.optim import OptimConfig
 from eosin.pretrain.plain_step import check_plain
 from eosin.pretrain.prototype_kernels import LossKernelName
 from eosin.pretrain.recompute import Recompute
-from eosin.pretrain.train import Clock, masks_of
+from eosin.pretrain.train import Clock
 from eosin.pretrain.vit import VitConfig
 
 TOTAL_STEPS = 100_000
@@ -103,7 +104,7 @@ class BenchStepConfig:
     """Tiles that share the draws of masks and drop-path; divides batch_size; 0: batch_size."""
     seed: int = 0
     """Of weights, crops, masks and drop-path."""
-    shards: Path | None = None
+    shards: str | None = None
     """Folder of shards to take tiles from, and to measure the wait for them; null: random crops."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Worker processes; counts with `shards` alone."""
@@ -156,7 +157,7 @@ class BenchStepConfig:
                 "recompute", "threads",
             )
         }  # fmt: skip
-        return PretrainConfig(shards=self.shards or Path(), out=Path(), steps=TOTAL_STEPS, **shared)
+        return PretrainConfig(shards=self.shards or "", out=Path(), steps=TOTAL_STEPS, **shared)
 
     @property
     def name(self) -> str:
@@ -205,7 +206,7 @@ def compare(config: BenchStepConfig, fast: FastStep) -> tuple[str, list[Row]]:
     """How both sides were run, and every row of the step itself."""
     device, crops = fast.device, held_batches(config)
     plain = PlainStep(fast)
-    peaks = [warm_up(side, crops, config.warmup, device) for side in (fast, plain)]
+    peaks = [warm_up(config, side, crops, device) for side in (fast, plain)]
 
     steps = _steps_per_repeat(config, device)
     first = FIRST_STEP + config.warmup + 1
@@ -214,7 +215,7 @@ def compare(config: BenchStepConfig, fast: FastStep) -> tuple[str, list[Row]]:
         starts = itertools.count(first, SETTLING + steps)
 
         def settle_and_time() -> dict[str, float]:
-            batches = take_from(crops, next(starts), SETTLING + steps)
+            batches = take_from(config, crops, next(starts), SETTLING + steps)
             for batch in batches[:SETTLING]:
                 side.take(batch, NoWatch())
             return time_steps(side, batches[SETTLING:], device)
@@ -243,27 +244,36 @@ def held_batches(config: BenchStepConfig) -> list[Batch]:
     views, generator = config.augment, torch.Generator().manual_seed(config.seed)
 
     def crops(number: int, side: int) -> torch.Tensor:
-        shape = (number, config.batch_size, 3, side, side)
+        shape = (number, config.batch_size, side, side, 3)
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
     rows = torch.arange(config.batch_size)
     return [
         Batch(
-            step, crops(views.n_global, views.global_px), crops(views.n_local, views.local_px),
-            rows, damaged={},
+            step,
+            Crops(crops(views.n_global, views.global_px), crops(views.n_local, views.local_px)),
+            config.training.batch_plan.masks_of(step), rows, damaged={},
         )
         for step in range(HELD_BATCHES)
     ]  # fmt: skip
 
 
-def take_from(crops: Sequence[Batch], first: int, steps: int) -> list[Batch]:
-    """The crops in a ring, as the batches of `steps` steps from `first` on."""
-    return [replace(crops[i % len(crops)], step=i) for i in range(first, first + steps)]
+def take_from(
+    config: BenchStepConfig, crops: Sequence[Batch], first: int, steps: int
+) -> list[Batch]:
+    """The crops in a ring, as the batches of `steps` steps from `first` on, each with its masks."""
+    masks_of = config.training.batch_plan.masks_of
+    return [
+        replace(crops[i % len(crops)], step=i, masks=masks_of(i))
+        for i in range(first, first + steps)
+    ]
 
 
-def warm_up(side: Side, crops: Sequence[Batch], steps: int, device: torch.device) -> dict[str, int]:
+def warm_up(
+    config: BenchStepConfig, side: Side, crops: Sequence[Batch], device: torch.device
+) -> dict[str, int]:
     """Takes some steps; then one of which it gives the peak bytes of each part, state included."""
-    *first, last, watched_one = take_from(crops, FIRST_STEP, steps + 1)
+    *first, last, watched_one = take_from(config, crops, FIRST_STEP, config.warmup + 1)
     for batch in first:
         side.take(batch, NoWatch())
     side.optimizer.zero_grad()
@@ -295,7 +305,8 @@ def step_shape(config: BenchStepConfig, held_logits: int) -> StepShape:
         held_logits: see `StepShape`.
     """
     views = config.augment
-    masked = [masks_of(config.training, FIRST_STEP + i).sum() for i in range(8)]
+    masks_of = config.training.batch_plan.masks_of
+    masked = [masks_of(FIRST_STEP + i).sum() for i in range(8)]
     return StepShape(
         batch=config.batch_size,
         global_px=views.global_px,
@@ -401,11 +412,10 @@ def _steps_per_repeat(config: BenchStepConfig, device: torch.device) -> int:
 def _from_shards(config: BenchStepConfig, steps: int) -> Iterator[Batch]:
     assert config.shards is not None
     return batches(
-        config.shards,
-        config.augment,
+        open_shards(config.shards, config.loader),
+        config.training.batch_plan,
         config.loader,
-        batch_size=config.batch_size,
-        seed=config.seed,
         first_step=FIRST_STEP,
         last_step=FIRST_STEP + steps,
+        pin=choose_device(config.device).type == "cuda",
     )

@@ -67,6 +67,14 @@ VERBS: dict[str, Verb] = {
         "eosin shard verify shards",
         positional="shards",
     ),
+    "shard energon": Verb(
+        "eosin.data_curation.energon_index",
+        "EnergonConfig",
+        "write_energon",
+        "index finished shards for Megatron-Energon, without reading them",
+        "eosin shard energon shards",
+        positional="shards",
+    ),
     "curate": Verb(
         "eosin.data_curation.curate",
         "CurateConfig",
@@ -97,6 +105,22 @@ VERBS: dict[str, Verb] = {
         "encoder on labelled tiles to results.json and report.html, floors beside it",
         "eosin eval encoder=runs/first/encoder task.tiles=/data/labels.csv out=runs/first/eval",
         plan="plan",
+    ),
+    "stain": Verb(
+        "eosin.pretrain.stain_fit",
+        "StainFitConfig",
+        "fit_stain",
+        "the stain statistics of a set of shards, as YAML for augment.stain",
+        "eosin stain shards=curated/shards out=stain.yaml",
+    ),
+    "bench data": Verb(
+        "eosin.launch.bench_data",
+        "BenchDataConfig",
+        "bench_data",
+        "tiles/s a core from JPEG to crops by stage, against Pillow, torchvision and webdataset",
+        "eosin bench data --json data.json",
+        plan="plan",
+        options=("json",),
     ),
     "bench step": Verb(
         "eosin.launch.bench_step",

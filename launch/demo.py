@@ -36,7 +36,7 @@ from eosin.launch.run_dir import check_unchanged
 from eosin.pretrain.checkpoint import list_checkpoints
 from eosin.pretrain.config import MAY_CHANGE, PretrainConfig
 from eosin.pretrain.export import ExportConfig, export
-from eosin.pretrain.preview import preview_sheet
+from eosin.pretrain.preview import preview
 from eosin.pretrain.train import pretrain
 
 TILE_MPP = 1.0
@@ -172,9 +172,7 @@ def sections(
     tiles, names = _labelled_tiles(labels)
     tile_sheet(tiles, names, figures / "tiles.png")
     with ShardReader(recipe.shards) as reader:
-        rows = np.linspace(0, len(reader) - 1, 5).astype(int)
-        originals = [reader.image(int(row)) for row in rows]
-    preview_sheet(originals, recipe.augment, config.seed, figures / "crops.png")
+        preview(reader, recipe.batch_plan, figures / "crops.png", n=5)
     draw_feature_maps(config.out / "encoder", unseen[:3], figures / "features.png")
     return [
         Section(
@@ -191,7 +189,8 @@ def sections(
         ),
         Section(
             title="Crops as the network sees them",
-            text="Two global crops and the local ones of each tile.",
+            text="Two global crops and the local ones of the first tiles that training takes, and "
+            "what was drawn for each.",
             pictures=(Picture(path=figures / "crops.png", caption="A tile and its views"),),
         ),
         Section(

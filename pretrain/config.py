@@ -12,9 +12,11 @@ from eosin.pretrain.loader import LoaderConfig
 from eosin.pretrain.masking import MaskConfig
 from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.optim import OptimConfig
+from eosin.pretrain.order import MixtureConfig
 from eosin.pretrain.prototype_kernels import LossKernelName
 from eosin.pretrain.recompute import Recompute
 from eosin.pretrain.schedules import Schedule
+from eosin.pretrain.steps import BatchPlan
 from eosin.pretrain.vit import VitConfig
 
 MAY_CHANGE = frozenset(
@@ -22,6 +24,7 @@ MAY_CHANGE = frozenset(
         "out",
         "shards",
         "loader",
+        "preview",
         "device",
         "threads",
         "attention",
@@ -37,6 +40,9 @@ MAY_CHANGE = frozenset(
 """Config keys that a resumed run may be given anew: none of them touches what is learned, but for
 the rounding of another device, kernel or number of threads."""
 
+SIZES = ("global_px", "local_px")
+"""Of the crops."""
+
 CompileName: TypeAlias = Literal["auto", "blocks", "none"]
 
 
@@ -44,10 +50,12 @@ CompileName: TypeAlias = Literal["auto", "blocks", "none"]
 class PretrainConfig:
     """One training; `--config pretrain/…` gives a recipe, `--config size/…` a network."""
 
-    shards: Path
-    """Folder of shards with index.parquet."""
+    shards: str
+    """Folder of shards with index.parquet, or its URL in an object store (``s3://…``)."""
     out: Path
     """Run folder; when it exists, the run goes on from its newest checkpoint."""
+    preview: bool = False
+    """Draw the first tiles with their crops into preview.png of `out`, and train nothing."""
     steps: int = 125_000
     """Optimiser steps."""
     batch_size: int = 64
@@ -63,6 +71,10 @@ class PretrainConfig:
     """The losses and heads."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """The crops."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """How often tiles of each kind come up."""
+    window_shards: int = 64
+    """Shards that are shuffled together: more mix better, fewer read more in sequence. 0: all."""
     masks: MaskConfig = field(default_factory=MaskConfig)
     """The masked patches."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -82,7 +94,7 @@ class PretrainConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Of the channels, divided by."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    """Worker processes and the budget of damaged records."""
+    """Worker processes, reading ahead, and the budget of damaged records."""
     device: DeviceName = "auto"
     """A GPU where there is one."""
     precision: PrecisionName = "auto"
@@ -118,13 +130,16 @@ class PretrainConfig:
                 f"model.image_px={self.model.image_px} must equal "
                 f"augment.global_px={self.augment.global_px}"
             )
-        for name in ("global_px", "local_px"):
-            if getattr(self.augment, name) % self.model.patch_px:
+        sizes = {f"augment.{name}": getattr(self.augment, name) for name in SIZES}
+        for number, resolution in enumerate(self.augment.resolutions):
+            for name in SIZES:
+                sizes[f"augment.resolutions[{number}].{name}"] = getattr(resolution, name)
+        for name, size_px in sizes.items():
+            if size_px % self.model.patch_px:
                 raise ValueError(
-                    f"augment.{name}={getattr(self.augment, name)} is not a multiple of "
-                    f"model.patch_px={self.model.patch_px}"
+                    f"{name}={size_px} is not a multiple of model.patch_px={self.model.patch_px}"
                 )
-        for name in ("seed", "threads", "group_size"):
+        for name in ("seed", "threads", "group_size", "window_shards"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.batch_size < 1 or self.batch_size % self.group:
@@ -144,3 +159,17 @@ class PretrainConfig:
     def group(self) -> int:
         """Samples that share a draw of masks and drop-path."""
         return self.group_size or self.batch_size
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """What the batches depend on."""
+        return BatchPlan(
+            augment=self.augment,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            masks=self.masks,
+            patch_px=self.model.patch_px,
+            group_size=self.group_size,
+            mixture=self.mixture,
+            window_shards=self.window_shards,
+        )

@@ -1,30 +1,26 @@
-"""Batches of crops from shards: each step's batch is a pure function of (seed, step).
+"""Batches from shards, made in this process or in workers: the same from either.
 
-There is no loader state but the step: a resumed run asks for another first step, and any number of
-workers gives the same batches. Crops stay bytes until they are on the device (`normalise`).
+What is in a batch is `eosin.pretrain.steps`' matter; here are the processes, the budget of damaged
+records and the errors that a user sees.
 """
 
-import math
 import multiprocessing
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from eosin.configs.errors import ConfigError, EosinError
-from eosin.data_curation.shard_reader import RecordError, ShardReader
-from eosin.pretrain.augment import AugmentConfig, draw_view, render_view
-from eosin.pretrain.order import locate, sample_at
-from eosin.pretrain.upload import upload
+from eosin.data_curation.shard_cache import CacheConfig
+from eosin.data_curation.shard_reader import ShardReader
+from eosin.pretrain.batch import Batch
+from eosin.pretrain.steps import BatchPlan, Steps
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where batches cross from a worker to the trainer on Linux."""
@@ -41,147 +37,84 @@ class LoaderConfig:
     max_damaged: float = 0.01
     """Share of the records that may turn out to be damaged before the run stops. Until then the
     next record in the epoch's order stands in for a damaged one."""
+    read_threads: int = 2
+    """Threads of each process that read the records of the next batch; 0: none."""
+    read_ahead_mb: int = 256
+    """Bytes that they hold at most, for each process."""
+    max_open: int = 128
+    """Shards, or slides, that each process holds open at most."""
+    cache: Path = Path("~/.cache/eosin/shards")
+    """Folder for copies of whole shards that lie in an object store; all processes of a machine
+    share it."""
+    cache_gb: float = 500.0
+    """Size of that folder; the shards that were used longest ago make room."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"workers must not be negative, not {self.workers}")
-        if self.prefetch < 1:
-            raise ValueError(f"prefetch must be at least 1, not {self.prefetch}")
+        for name, low in (
+            *(("workers", 0), ("prefetch", 1), ("read_threads", 0)),
+            *(("read_ahead_mb", 1), ("max_open", 1)),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         if not 0 <= self.max_damaged < 1:
             raise ValueError(f"max_damaged must lie in [0, 1), not {self.max_damaged}")
+        if self.cache_gb <= 0:
+            raise ValueError(f"cache_gb must be positive, not {self.cache_gb}")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The crops of B tiles for one step; view-major: all first global crops, then all second."""
+def open_shards(shards: str | Path, loader: LoaderConfig) -> ShardReader:
+    """The shards in a folder or at a URL, as this process reads them.
 
-    step: int
-    global_crops: Tensor
-    """uint8 [2, B, 3, G, G], RGB."""
-    local_crops: Tensor
-    """uint8 [L, B, 3, S, S]; L may be 0."""
-    rows: Tensor
-    """int64 [B], rows of the index that the crops are of."""
-    damaged: Mapping[int, str]
-    """Row and reason of each damaged record that was met here for the first time in this call."""
+    Raises:
+        InputError: they are not finished, or one is missing or of another size.
+    """
+    cache = CacheConfig(folder=loader.cache.expanduser(), max_gb=loader.cache_gb)
+    return ShardReader(shards, max_open=loader.max_open, cache=cache)
 
 
 def batches(
-    shards: Path,
-    augment: AugmentConfig,
+    reader: ShardReader,
+    plan: BatchPlan,
     loader: LoaderConfig,
     *,
-    batch_size: int,
-    seed: int,
     first_step: int,
     last_step: int,
+    pin: bool = False,
 ) -> Iterator[Batch]:
     """The batches of steps `first_step` … `last_step` - 1.
 
     Args:
-        shards: folder that `eosin shard` wrote.
-        augment: the crops of a tile.
+        reader: of the shards; each worker opens its own.
+        plan: what the batches depend on.
         loader: processes and tolerance; without influence on the batches.
-        batch_size: tiles in a batch; epochs follow one another within a batch without a gap.
-        seed: of the order and of the crops.
         first_step: where to start, e.g. the step of a checkpoint.
         last_step: where to end.
+        pin: in page-locked memory, for a GPU.
 
     Raises:
-        ConfigError: at once, when there are fewer tiles than a batch takes, or too little shared
-            memory for the batches that the workers hold ready.
-        InputError: at once, when the shards are not finished or not whole.
+        ConfigError: at once, when there are fewer tiles than a batch takes, the mixture does not
+            fit, or there is too little shared memory for the batches that the workers hold ready.
         EosinError: while iterating, when more records are damaged than `loader.max_damaged`
             allows, or a worker died.
     """
-    reader = ShardReader(shards)
-    if len(reader) < batch_size:
-        raise ConfigError(
-            f"{shards} holds {len(reader)} tiles, fewer than one batch of {batch_size}: "
-            "make shards of more tiles, or lower batch_size"
-        )
-    steps = _Steps(reader, augment, batch_size, seed, _allowed(reader, loader))
+    steps = Steps(
+        reader,
+        plan,
+        max_damaged=loader.max_damaged,
+        read_threads=loader.read_threads,
+        read_ahead_mb=loader.read_ahead_mb,
+        last_step=last_step,
+    )
+    wanted = range(first_step, last_step)
     if loader.workers == 0:
-        made: Iterable[Batch | Exception] = (steps[step] for step in range(first_step, last_step))
+        made: Iterator[Batch | Exception] = _in_this_process(steps, wanted, pin)
     else:
-        _check_shared_memory(augment, loader, batch_size)
-        made = _from_workers(steps, loader, range(first_step, last_step))
-    return _within_budget(made, reader, _allowed(reader, loader))
+        _check_shared_memory(steps, loader)
+        made = _from_workers(steps, loader, wanted, pin)
+    return _within_budget(made, steps)
 
 
-def normalise(
-    crops: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
-) -> Tensor:
-    """(crops / 255 - mean) / std, on the device where the crops are.
-
-    Args:
-        crops: uint8 […, 3, H, W].
-        mean: of R, G, B, where white is 1.
-        std: of R, G, B.
-        dtype: of the result; the arithmetic is in float32.
-    """
-    scale = 1 / (255 * torch.tensor(std, dtype=torch.float32))
-    shift = -torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
-    scale, shift = (upload(part.view(3, 1, 1), crops.device) for part in (scale, shift))
-    return torch.addcmul(shift, crops.float(), scale).to(dtype)
-
-
-class _Steps(Dataset[Batch | Exception]):
-    """The batch of each step; sent to the workers."""
-
-    def __init__(
-        self, reader: ShardReader, augment: AugmentConfig, batch_size: int, seed: int, allowed: int
-    ) -> None:
-        self.reader, self.augment, self.batch_size = reader, augment, batch_size
-        self.seed, self.allowed = seed, allowed
-
-    def __getitem__(self, step: int) -> Batch | Exception:
-        # What is expected to go wrong is returned: torch would wrap it in a worker's traceback.
-        try:
-            return self._make(step)
-        except (EosinError, OSError) as error:
-            return error
-
-    def _make(self, step: int) -> Batch:
-        augment, size = self.augment, self.batch_size
-        big, small, count = augment.global_px, augment.local_px, augment.n_local
-        crops = [torch.empty((augment.n_global, size, 3, big, big), dtype=torch.uint8)]
-        crops.append(torch.empty((count, size, 3, small, small), dtype=torch.uint8))
-        views = [view for group in crops for view in group.numpy()]  # each [B, 3, px, px]
-        n = len(self.reader)
-        epochs, positions = locate(step, size, n)
-        rows = np.empty(size, np.int64)
-        for epoch in np.unique(epochs).tolist():  # at most two
-            inside = epochs == epoch
-            rows[inside] = sample_at(self.seed, epoch, positions[inside], n)
-        damaged: dict[int, str] = {}
-        places = zip(epochs.tolist(), positions.tolist(), strict=True)
-        for sample, (epoch, position) in enumerate(places):
-            rows[sample], tile = self._read(int(rows[sample]), epoch, position, damaged)
-            for index, view in enumerate(views):
-                drawn = draw_view(augment, self.seed, epoch, position, index, tile.shape[:2])
-                view[sample] = cv2.split(render_view(tile, drawn))  # [px, px, 3] to [3, px, px]
-        return Batch(step, crops[0], crops[1], torch.from_numpy(rows), damaged)
-
-    def _read(
-        self, row: int, epoch: int, position: int, damaged: dict[int, str]
-    ) -> tuple[int, NDArray[np.uint8]]:
-        """The tile at a place, or the next in the order that is whole; notes the damaged ones."""
-        n = len(self.reader)
-        while True:
-            try:
-                return row, self.reader.image(row)
-            except RecordError as error:
-                damaged[row] = str(error)
-            if len(damaged) > self.allowed:  # at the latest when all are damaged
-                raise _too_many(damaged, self.allowed, self.reader)
-            position = (position + 1) % n
-            row = int(sample_at(self.seed, epoch, position, n))
-
-
-def _within_budget(
-    made: Iterable[Batch | Exception], reader: ShardReader, allowed: int
-) -> Iterator[Batch]:
+def _within_budget(made: Iterator[Batch | Exception], steps: Steps) -> Iterator[Batch]:
     """Passes batches on, each with its newly found damage, until there is more than allowed."""
     found: dict[int, str] = {}
     for batch in made:
@@ -189,25 +122,21 @@ def _within_budget(
             raise batch
         new = {row: reason for row, reason in batch.damaged.items() if row not in found}
         found |= new
-        if len(found) > allowed:
-            raise _too_many(found, allowed, reader)
+        steps.check_budget(found)
         yield replace(batch, damaged=new)
 
 
-def _allowed(reader: ShardReader, loader: LoaderConfig) -> int:
-    return math.floor(loader.max_damaged * len(reader))
-
-
-def _too_many(damaged: Mapping[int, str], allowed: int, reader: ShardReader) -> EosinError:
-    first = next(iter(damaged.values()))
-    return EosinError(
-        f"{first}; that makes {len(damaged)} damaged of {len(reader)} records, where "
-        f"loader.max_damaged allows {allowed}: see 'eosin shard verify {reader.shards}'"
-    )
+def _in_this_process(steps: Steps, wanted: range, pin: bool) -> Iterator[Batch | Exception]:
+    try:
+        for step in wanted:
+            batch = steps[step]
+            yield batch.pin_memory() if pin and isinstance(batch, Batch) else batch
+    finally:
+        steps.close()
 
 
 def _from_workers(
-    steps: _Steps, loader: LoaderConfig, wanted: range
+    steps: Steps, loader: LoaderConfig, wanted: range, pin: bool
 ) -> Iterator[Batch | Exception]:
     iterator = iter(
         DataLoader(
@@ -217,8 +146,9 @@ def _from_workers(
             collate_fn=_unchanged,
             num_workers=loader.workers,
             prefetch_factor=loader.prefetch,
+            pin_memory=pin,
             multiprocessing_context=_clean_processes(),
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # or it would draw from the trainer's global one
         )
     )
@@ -246,7 +176,7 @@ def _clean_processes() -> BaseContext:
     return context
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
@@ -255,12 +185,11 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _check_shared_memory(augment: AugmentConfig, loader: LoaderConfig, batch_size: int) -> None:
+def _check_shared_memory(steps: Steps, loader: LoaderConfig) -> None:
     """Without this a worker dies of a bus error, as in containers with 64 MB of shared memory."""
     if not SHARED_MEMORY.is_dir():
         return
-    pixels = augment.n_global * augment.global_px**2 + augment.n_local * augment.local_px**2
-    needed = 3 * pixels * batch_size * (loader.workers * loader.prefetch + 1)
+    needed = steps.largest_batch_bytes() * (loader.workers * loader.prefetch + 1)
     free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise ConfigError(

@@ -10,6 +10,7 @@ too (128 patches of 16 × 16, 98 of 14 × 14): the same thing while no crop has 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 STREAM = 0x3A5C  # keeps these draws apart from those of other modules under one seed
+CHUNK = 64  # uniform numbers that are drawn together
 TRIES = 10  # attempts at one block before the mask is left as it is (BEiT)
 
 
@@ -120,9 +122,9 @@ def draw_block_mask(
 ) -> NDArray[np.bool_]:
     """A union of random rectangles of at most `target` patches, bool [h, w]."""
     mask = np.zeros(grid, dtype=bool)
-    count = 0
+    count, numbers = 0, _numbers(rng)
     while count < target:
-        added = _add_block(rng, mask, target - count, config)
+        added = _add_block(numbers, mask, target - count, config)
         if added == 0:
             break
         count += added
@@ -162,19 +164,25 @@ def draw_jepa_mask(
     return mask
 
 
+def _numbers(rng: np.random.Generator) -> Iterator[float]:
+    """Uniform numbers in [0, 1), drawn many at a time: one alone costs as much as fifty."""
+    while True:
+        yield from rng.random(CHUNK).tolist()
+
+
 def _add_block(
-    rng: np.random.Generator, mask: NDArray[np.bool_], room: int, config: MaskConfig
+    numbers: Iterator[float], mask: NDArray[np.bool_], room: int, config: MaskConfig
 ) -> int:
     """Adds one rectangle that masks 1 … room new patches; 0 when no try fits."""
     height, width = mask.shape
     least, log_aspect = min(config.min_block, room), math.log(config.aspect)
     for _ in range(TRIES):
-        area = least + (room - least) * rng.random()  # rng.uniform's value, sooner
-        aspect = math.exp(log_aspect - 2 * log_aspect * rng.random())
+        area = least + (room - least) * next(numbers)
+        aspect = math.exp(log_aspect - 2 * log_aspect * next(numbers))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < h < height and 0 < w < width):
             continue
-        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        top, left = int(next(numbers) * (height - h + 1)), int(next(numbers) * (width - w + 1))
         block = mask[top : top + h, left : left + w]
         new = block.size - int(np.count_nonzero(block))
         if 0 < new <= room:

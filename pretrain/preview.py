@@ -1,7 +1,10 @@
 """A sheet of tiles and their crops as the network sees them: look at it before a long run."""
 
-from collections.abc import Sequence
+import math
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,80 +12,136 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from eosin.configs.errors import EosinError
+from eosin.data_curation.shard_reader import RecordError, ShardReader
 from eosin.launch.artefacts import replacing
-from eosin.pretrain.augment import AugmentConfig, View, draw_view, render_view
+from eosin.pretrain.order import locate
+from eosin.pretrain.render import render_view
+from eosin.pretrain.steps import BatchPlan, Steps
+from eosin.pretrain.views import View, draw_views
 
 MAX_LOCALS = 6
 """Local crops that are shown of each tile."""
 
+TILES = 8
+"""Tiles that are shown."""
+
 CELL_INCH = 1.55
 """Side of a picture; at `DPI`, a global crop of 224 px is shown at about its own size."""
 
+CAPTION_INCH = 0.5
 DPI = 144
 
 
-def preview_sheet(
-    tiles: Sequence[NDArray[np.uint8]],
-    config: AugmentConfig,
-    seed: int,
-    path: Path,
-    n: int = 6,
-) -> None:
-    """Draws the first `n` tiles, a row each: the tile, its global crops, its local crops.
+class Shown(NamedTuple):
+    """One row of the sheet."""
 
-    The crops are those of the first epoch if the tiles stood at positions 0, 1, …; beneath each
-    stands what was drawn for it.
+    tile: NDArray[np.uint8]
+    mpp: float
+    """µm per pixel of the tile; NaN where it is unknown."""
+    views: list[View]
+    crops: list[NDArray[np.uint8]]
+
+
+def preview(reader: ShardReader, plan: BatchPlan, path: Path, n: int = TILES) -> None:
+    """Draws the first tiles of the training, a row each: the tile, its global and local crops.
+
+    They are the very crops that the training takes, with what was drawn for each beneath it. With
+    several resolutions each row is of another step, so that all of them come up.
 
     Args:
-        tiles: RGB, uint8 [H, W, 3], of any sizes.
-        config: the augmentation to show.
-        seed: of the crops.
+        reader: of the shards.
+        plan: of the batches.
         path: the PNG to write. Equal arguments give equal bytes.
-        n: rows at most.
+        n: tiles.
+
+    Raises:
+        EosinError: no tile can be read.
     """
-    shown = list(tiles[:n])
-    n_views = config.n_global + min(config.n_local, MAX_LOCALS)
-    figure = Figure(
-        figsize=(CELL_INCH * (1 + n_views), (CELL_INCH + 0.35) * len(shown) + 0.35), dpi=DPI
-    )
+    shown = first_tiles(reader, plan, n)
+    n_views = len(shown[0].views)
+    n_global = plan.augment.n_global
+    size = (CELL_INCH * (1 + n_views), (CELL_INCH + CAPTION_INCH) * len(shown) + 0.35)
+    figure = Figure(figsize=size, dpi=DPI)
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02)
     grid = figure.subplots(len(shown), 1 + n_views, squeeze=False)
-    titles = ["tile", "global 1", "global 2", *(f"local {k + 1}" for k in range(n_views - 2))]
+    titles = ["tile", *(f"global {k + 1}" for k in range(n_global))]
+    titles += [f"local {k + 1}" for k in range(n_views - n_global)]
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=8)
-    for position, (tile, row) in enumerate(zip(shown, grid, strict=True)):
+    for (tile, mpp, views, crops), row in zip(shown, grid, strict=True):
         height_px, width_px = tile.shape[:2]
-        _show(row[0], tile, f"{width_px} × {height_px} px")
-        for index, axes in enumerate(row[1:]):
-            view = draw_view(config, seed, 0, position, index, (height_px, width_px))
-            _show(axes, render_view(tile, view), _describe(view, height_px * width_px))
+        scale = "" if math.isnan(mpp) else f"\n{mpp:g} µm/px"
+        _show(row[0], tile, f"{width_px} × {height_px} px{scale}")
+        for view, crop, axes in zip(views, crops, row[1:], strict=True):
+            _show(axes, crop, describe(view, mpp))
     with replacing(path) as partial:
         figure.savefig(partial, format="png")
 
 
-def _show(axes: Axes, image: NDArray[np.uint8], caption: str) -> None:
-    axes.imshow(image, interpolation="nearest")
-    axes.set_xlabel(caption, fontsize=6, labelpad=2)
-    axes.set_xticks([])
-    axes.set_yticks([])
+def first_tiles(reader: ShardReader, plan: BatchPlan, n: int) -> list[Shown]:
+    """The first whole tiles in the order of the training, with their crops."""
+    steps = Steps(reader, replace(plan, rank=0, world=1))
+    shown: list[Shown] = []
+    problems: list[str] = []
+    for place in count():
+        if len(shown) == n or place == steps.order.n:
+            break
+        # A place stands in the step that the training takes it in; with several resolutions a row
+        # is shown as its own step would cut it.
+        step = place if plan.augment.resolutions else place // plan.batch_size
+        augment = plan.augment_of(step)
+        epochs, positions = locate(place, 1, steps.order.n)
+        row = int(steps.rows_at(0, positions)[0])
+        try:
+            tile = reader.image(row)
+        except RecordError as error:
+            problems.append(str(error))
+            continue
+        mpp = reader.index.mpp(np.array([row]))
+        hw = np.array([tile.shape[:2]], np.int32)
+        drawn = draw_views(augment, plan.seed, epochs, positions, hw, mpp)
+        wanted = augment.n_global + min(augment.n_local, MAX_LOCALS)
+        sizes = [augment.global_px] * augment.n_global + [augment.local_px] * augment.n_local
+        views = [drawn.at(0, index, sizes[index]) for index in range(wanted)]
+        shown.append(Shown(tile, float(mpp[0]), views, [render_view(tile, v) for v in views]))
+    if not shown:
+        raise EosinError(f"no tile can be shown: {problems[0]}")
+    return shown
 
 
-def _describe(view: View, tile_area_px: int) -> str:
-    """What was done, in two short lines: geometry and sharpness, then colour."""
-    area = view.width_px * view.height_px / tile_area_px
-    first = [f"{area:.0%}"]
+def describe(view: View, mpp: float) -> str:
+    """What was done, in three short lines: geometry and sharpness, stain, colour."""
+    shrunk = math.sqrt(view.width_px * view.height_px) / view.size_px
+    first = [f"×{shrunk:.2f}" if math.isnan(mpp) else f"{mpp * shrunk:.2f} µm/px"]
     if view.flip:
         first.append("flip")
     if view.quarter_turns:
         first.append(f"{90 * view.quarter_turns}°")
     if view.blur_sigma_px:
         first.append(f"blur {view.blur_sigma_px:.1f}")
-    named = (
-        ("stain", view.hed),
-        ("colour", view.jitter),
-        ("grey", view.grey),
-        ("solarized", view.solarize),
+    second = []
+    if view.stain:
+        second.append("template")
+    if view.hed:
+        second.append("HED " + " ".join(f"{factor:.2f}" for factor in view.hed_factor))
+    third = []
+    if view.jitter:
+        third.append(f"b{view.brightness:.2f} c{view.contrast:.2f}")
+        if not view.grey:
+            third.append(f"s{view.saturation:.2f} h{360 * view.hue_turns:+.0f}°")
+    if view.grey:
+        third.append("grey")
+    if view.solarize:
+        third.append("solarized")
+    return "\n".join(
+        (" · ".join(first), " · ".join(second) or "own stain", " ".join(third) or "own colour")
     )
-    second = [name for name, applied in named if applied]
-    return " · ".join(first) + "\n" + (" · ".join(second) or "own colour")
+
+
+def _show(axes: Axes, image: NDArray[np.uint8], caption: str) -> None:
+    axes.imshow(image, interpolation="nearest")
+    axes.set_xlabel(caption, fontsize=5.5, labelpad=2)
+    axes.set_xticks([])
+    axes.set_yticks([])

@@ -9,9 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from eosin.configs.errors import ConfigError
 from eosin.data_curation.shard_reader import ShardReader
@@ -21,38 +19,57 @@ from eosin.launch.progress import Meter
 from eosin.launch.run_dir import Metrics, check_unchanged, record_run
 from eosin.pretrain.attention import choose_attention
 from eosin.pretrain.backbone_weights import load_backbone
+from eosin.pretrain.batch import Batch, Inputs
 from eosin.pretrain.checkpoint import TrainState, list_checkpoints, load_newest, save_checkpoint
 from eosin.pretrain.config import MAY_CHANGE, PretrainConfig
 from eosin.pretrain.distill import Distiller, Losses, Outputs, StepRates
 from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.export import CHECKSUMS, EncoderCard, write_encoder
 from eosin.pretrain.gram import gram_active, gram_refresh_due
-from eosin.pretrain.loader import Batch, batches, normalise
-from eosin.pretrain.masking import draw_masks
+from eosin.pretrain.loader import batches, open_shards
 from eosin.pretrain.network import Network
 from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
+from eosin.pretrain.order import Order
 from eosin.pretrain.positions import Jitter
 from eosin.pretrain.prototype_kernels import choose_kernels
 from eosin.pretrain.step_guard import StepGuard
-from eosin.pretrain.upload import upload
+from eosin.pretrain.steps import Steps
+
+MIXTURE_LINES = 20
+"""Of a mixture's strata that are shown."""
 
 
 def plan(config: PretrainConfig) -> str:
     """What `pretrain` would do, for ``--dry-run``."""
-    reader = ShardReader(config.shards)
+    reader = open_shards(config.shards, config.loader)
+    order = Steps(reader, config.batch_plan).order
     with torch.device("meta"):
         network = Network(config.model, config.objective)
     backbone = sum(p.numel() for p in network.backbone.parameters())
     total = sum(p.numel() for p in network.parameters())
     seen = config.steps * config.batch_size
     return (
-        f"{config.steps} steps of {config.batch_size} tiles from {len(reader)} records: "
-        f"{seen} tiles, {seen / len(reader):.1f} epochs\n"
+        f"{config.steps} steps of {config.batch_size} tiles from {order.n} records: "
+        f"{seen} tiles, {seen / order.n:.1f} epochs\n"
+        f"{mixture_lines(order, config.mixture.column)}"
         f"encoder {backbone / 1e6:.1f} M parameters, with heads {total / 1e6:.1f} M; weights, "
         f"teacher, gradients and moments {total * 4 * 5 / 2**30:.2f} GiB\n"
         f"checkpoints of {total * 4 * 4 / 2**30:.2f} GiB every {config.checkpoint_every} steps, "
         f"{config.keep_checkpoints} kept, in {config.out}"
     )
+
+
+def mixture_lines(order: Order, column: str) -> str:
+    """How often an epoch shows the tiles of each stratum; nothing where there is no mixture."""
+    rows = order.describe() if column else []
+    lines = [
+        f"{column}={row.name or 'null'}: {row.records} records, {row.tiles / order.n:.1%} of the "
+        f"tiles, each {row.times_seen:.2f} times an epoch\n"
+        for row in sorted(rows, key=lambda row: -row.tiles)
+    ]
+    if len(lines) > MIXTURE_LINES:
+        lines[MIXTURE_LINES - 1 : -1] = [f"… and {len(lines) - MIXTURE_LINES} more; the rarest:\n"]
+    return "".join(lines)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -62,9 +79,15 @@ def pretrain(config: PretrainConfig) -> None:
         ConfigError: the folder holds a run with another config, or the shards are too few.
         EosinError: too many bad steps in a row, or no whole checkpoint to resume from.
     """
+    reader = open_shards(config.shards, config.loader)
+    if config.preview:
+        from eosin.pretrain.preview import preview  # here: drawing takes seconds to import
+
+        preview(reader, config.batch_plan, config.out / "preview.png")
+        print(f"first tiles and crops → {config.out / 'preview.png'}")
+        return
     if list_checkpoints(config.out / "checkpoints"):
         check_unchanged(config.out, config, MAY_CHANGE)
-    reader = ShardReader(config.shards)
     stamp = stamp_of(index=reader.digest, steps=config.steps)
     encoder = config.out / "encoder"
     if is_done(config.out / "done.json", stamp) and (encoder / CHECKSUMS).is_file():
@@ -78,7 +101,8 @@ def pretrain(config: PretrainConfig) -> None:
     state = resume(config, model, optimizer, reader)
     record_run(config.out, config)
     print(f"{choices}, {len(reader)} records, step {state.step} of {config.steps}")
-    train(config, model, optimizer, state, device, dtype)
+    print(mixture_lines(Steps(reader, config.batch_plan).order, config.mixture.column), end="")
+    train(config, reader, model, optimizer, state, device, dtype)
     from eosin.launch.curves import loss_curves  # here: drawing takes seconds to import
 
     loss_curves(config.out / "metrics.jsonl", config.out / "curves.png")
@@ -125,8 +149,7 @@ def resume(
     for line in passed_over:
         print(f"passed over a damaged checkpoint: {line}")
     if state is None:
-        scales = set(reader.index["mpp"].to_pylist())
-        return TrainState(0, 0, reader.digest, scales.pop() if len(scales) == 1 else None)
+        return TrainState(0, 0, reader.digest, reader.index.single_mpp())
     if state.index_digest != reader.digest:
         raise ConfigError(
             f"{config.out} was trained on other shards (digest {state.index_digest}) than "
@@ -137,6 +160,7 @@ def resume(
 
 def train(
     config: PretrainConfig,
+    reader: ShardReader,
     model: Distiller,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
@@ -145,13 +169,12 @@ def train(
 ) -> None:
     """The loop, from ``state.step`` to ``config.steps``."""
     stream = batches(
-        config.shards,
-        config.augment,
+        reader,
+        config.batch_plan,
         config.loader,
-        batch_size=config.batch_size,
-        seed=config.seed,
         first_step=state.step,
         last_step=config.steps,
+        pin=device.type == "cuda",
     )
     parts = dict(model.student.named_children())
     guard = StepGuard(
@@ -162,7 +185,7 @@ def train(
         terms=Losses._fields,
         modules=list(parts),
     )
-    clock = Clock()
+    clock, inputs = Clock(), Inputs(device, config.mean, config.std)
     tiles, done_tiles = config.steps * config.batch_size, state.step * config.batch_size
     with (
         Metrics(config.out, state.step + 1, config.wandb, config) as metrics,
@@ -174,7 +197,7 @@ def train(
             rates = Rates.at(config, batch.step)
             if gram_refresh_due(batch.step, config.objective.gram):
                 model.refresh_gram_teacher()
-            losses, outputs = forward(config, model, batch, rates, device, dtype)
+            losses, outputs = forward(config, model, batch, rates, inputs, dtype)
             losses.total.backward()
             norms = clip_gradients(parts.values(), config.optim.clip_norm, config.optim.clip)
             bad = guard.judge(batch.step, batch.rows, torch.stack(losses), norms)
@@ -242,37 +265,20 @@ def forward(
     model: Distiller,
     batch: Batch,
     rates: Rates,
-    device: torch.device,
+    inputs: Inputs,
     dtype: torch.dtype,
 ) -> tuple[Losses, Outputs]:
-    """Masks, normalisation and both networks' forward for one batch."""
-    masks = masks_of(config, batch.step)
+    """Crops on the device, and both networks' forward for one batch."""
     drop = None
     if config.model.drop_path > 0:
         drop = DropPath(config.model.drop_path, config.seed, batch.step, config.group)
     jitter = Jitter(config.seed, batch.step)
     gram = gram_active(batch.step, config.objective.gram)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        crops = [
-            normalise(upload(c, device), config.mean, config.std, torch.float32)
-            for c in (batch.global_crops, batch.local_crops)
-        ]
+    crops = inputs(batch.images)
+    with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
         step_rates = StepRates(rates.temperature, rates.spread, gram)
-        out: tuple[Losses, Outputs] = model(*crops, masks, step_rates, drop, jitter)
+        out: tuple[Losses, Outputs] = model(*crops, batch.masks, step_rates, drop, jitter)
     return out
-
-
-def masks_of(config: PretrainConfig, step: int) -> NDArray[np.bool_]:
-    """The masked patches of a step's global crops, bool [V · B, N]."""
-    return draw_masks(
-        config.masks,
-        seed=config.seed,
-        step=step,
-        groups=range(config.batch_size // config.group),
-        group_size=config.group,
-        views=config.augment.n_global,
-        grid=(config.model.grid, config.model.grid),
-    )
 
 
 def step_values(

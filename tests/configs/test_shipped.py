@@ -12,13 +12,13 @@ import torch
 
 from eosin.configs.load import load_config, to_yaml
 from eosin.data_curation.torchvision_import import import_timm
-from eosin.pretrain.augment import draw_view
+from eosin.pretrain.batch import Batch, Crops, Inputs
 from eosin.pretrain.config import PretrainConfig
-from eosin.pretrain.loader import Batch
 from eosin.pretrain.masking import draw_masks
 from eosin.pretrain.network import Network
 from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
 from eosin.pretrain.train import Rates, build_model, forward
+from eosin.pretrain.views import draw_views
 from eosin.pretrain.vit import Vit, VitConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -168,17 +168,17 @@ def test_uni_is_dinov2_but_for_its_batch() -> None:
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipes_crops_and_masks_are_drawn_as_in_its_source(recipe: str) -> None:
     config = shipped(recipe, PUBLISHED[recipe].size)
-    views = [
-        [draw_view(config.augment, 0, 0, position, view, (256, 256)) for position in range(400)]
-        for view in range(3)
-    ]
-    blurred = [np.mean([view.blur_sigma_px > 0 for view in drawn]) for drawn in views]
+    positions = np.arange(400)
+    views = draw_views(config.augment, 0, 0 * positions, positions, np.full((400, 2), 392))
+    blurred = (views.blur_sigma_px[:, :3] > 0).mean(axis=0)
     own_blur = (0.35, 0.35, 0.35) if recipe == "nanopath" else (0.0, 0.9, 0.5)
     np.testing.assert_allclose(blurred, own_blur, atol=0.08)
-    solarized = np.mean([view.solarize for view in views[1]])
+    solarized = views.solarize[:, 1].mean()
     assert solarized == pytest.approx(0.2 if recipe in ("dinov2", "uni") else 0.0, abs=0.06)
-    turned = any(view.quarter_turns for view in views[0])
+    turned = views.quarter_turns[:, 0].any()
     assert turned == (recipe in ("virchow2", "nanopath"))
+    zooms = np.sqrt(views.width_px * views.height_px) / config.augment.sizes_px
+    assert (zooms.min() > 0.89 and zooms.max() < 1.11) == (recipe == "virchow2")
 
     grid = config.model.grid
     batch = [
@@ -248,7 +248,7 @@ def test_a_recipe_takes_two_steps_that_lower_its_loss_at_reduced_width(
     config = shipped(recipe, None, *reduced)
     model, _ = build_model(config, CPU, torch.float32)
     optimizer = build_optimizer(model.student, config.model.depth, config.optim)
-    batch = one_batch(config)
+    batch, inputs = one_batch(config), Inputs(CPU, config.mean, config.std)
     rates = Rates.at(config, config.steps // 2)
     set_rates(optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
     if extra:  # its teacher is not the student, so there is something to learn from it
@@ -258,13 +258,13 @@ def test_a_recipe_takes_two_steps_that_lower_its_loss_at_reduced_width(
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = list(model.student.children())
     for _ in range(2):
-        losses, outputs = forward(config, model, batch, rates, CPU, torch.float32)
+        losses, outputs = forward(config, model, batch, rates, inputs, torch.float32)
         optimizer.zero_grad()
         losses.total.backward()
         clip_gradients(parts, config.optim.clip_norm, config.optim.clip)
         step_unless_bad(optimizer, torch.zeros(()))
         with torch.no_grad():  # the same crops, masks and teacher
-            after, _ = forward(config, model, batch, rates, CPU, torch.float32)
+            after, _ = forward(config, model, batch, rates, inputs, torch.float32)
         assert torch.isfinite(torch.stack(losses)).all()
         assert after.total < losses.total
         model.update_teacher(outputs, rates.momentum)
@@ -287,11 +287,11 @@ def one_batch(config: PretrainConfig) -> Batch:
     def crops(views: int, side: int) -> torch.Tensor:
         coarse = torch.rand(views * 4, 3, 2, 2, generator=generator)
         smooth = torch.nn.functional.interpolate(coarse, size=side, mode="bilinear")
-        return (smooth * 255).to(torch.uint8).unflatten(0, (views, 4))
+        return (smooth * 255).to(torch.uint8).unflatten(0, (views, 4)).permute(0, 1, 3, 4, 2)
 
     views = config.augment
-    global_crops, local_crops = crops(2, views.global_px), crops(2, views.local_px)
-    return Batch(0, global_crops, local_crops, torch.arange(4), damaged={})
+    images = Crops(crops(2, views.global_px), crops(2, views.local_px))
+    return Batch(0, images, config.batch_plan.masks_of(0), torch.arange(4), damaged={})
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)

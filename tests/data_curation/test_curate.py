@@ -85,7 +85,7 @@ def test_the_shards_hold_the_selected_tiles_as_the_slides_show_them(
 ) -> None:
     selected = read_table(curated / "out" / "selection.parquet", SELECTION)
     reader = ShardReader(curated / "out" / "shards")
-    index = reader.index.to_pylist()
+    index = reader.index.table().to_pylist()
     assert sorted(r["key"] for r in index) == sorted(selected["tile_id"].to_pylist())
     assert len(index) > 30 and {r["slide_id"] for r in index} == {"case_0", "case_1"}
     assert {row["mpp"] for row in index} == {0.5}

@@ -1,6 +1,7 @@
 """Shards: what is in them, that stock readers agree, and that nothing changes their bytes."""
 
 import csv
+import json
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 import xxhash
@@ -19,11 +21,13 @@ from PIL import Image
 
 from eosin.configs.errors import ConfigError, InputError, TooManyFailedError
 from eosin.configs.load import load_config
-from eosin.data_curation.manifest import FAILED, INDEX, read_table
+from eosin.data_curation.manifest import FAILED, INDEX, read_table, write_table
 from eosin.data_curation.records import Records
-from eosin.data_curation.shard_reader import RecordError, ShardReader, index_digest, open_index
+from eosin.data_curation.shard_marker import index_digest
+from eosin.data_curation.shard_reader import RecordError, ShardReader, open_index
 from eosin.data_curation.shards import ShardConfig, deal, plan, shard
 from eosin.data_curation.verify import find_problems
+from eosin.launch.artefacts import file_digest, stamp_of
 from eosin.launch.cli import main
 
 WEBDATASET = """
@@ -97,10 +101,11 @@ def test_the_index_agrees_with_tarfile(shards: Path) -> None:
 def test_the_reader_gives_what_the_files_hold(shards: Path, images: Path) -> None:
     with ShardReader(shards, max_open=1) as reader:
         assert len(reader) == 23 and reader.digest == index_digest(shards)
-        for row, path in enumerate(reader.index["path"].to_pylist()):
+        index = reader.index.table()
+        for row, path in enumerate(index["path"].to_pylist()):
             assert reader.read(row) == (images / path).read_bytes()
-        row = reader.index["suffix"].to_pylist().index("png")
-        original = Image.open(images / reader.index["path"][row].as_py())
+        row = index["suffix"].to_pylist().index("png")
+        original = Image.open(images / index["path"][row].as_py())
         assert np.array_equal(reader.image(row), np.asarray(original))
 
 
@@ -170,6 +175,27 @@ def test_a_lost_table_is_remade_from_the_parts(shards: Path, images: Path, name:
     shard(ShardConfig(images=images, out=shards, records_per_shard=8, workers=1))
     assert contents(shards) == before
     assert (shards / "000000.tar").stat().st_mtime_ns == kept
+
+
+def test_an_index_of_the_old_layout_is_rewritten_and_no_shard(shards: Path, images: Path) -> None:
+    before = contents(shards)
+    kept = {path: path.stat().st_mtime_ns for path in shards.glob("*.tar")}
+    digest = index_digest(shards)
+    # As it was written before there was a row group a shard: one table, and a stamp without layout.
+    path = shards / "index.parquet"
+    write_table(read_table(path, INDEX), path, INDEX)
+    sidecars = [json.loads(sidecar.read_text()) for sidecar in sorted(shards.glob("0*.json"))]
+    marker = json.loads((shards / "shards.json").read_text())
+    marker["stamp"] = stamp_of(shards=[sidecar["stamp"] for sidecar in sidecars])
+    marker["index_xxh3_128"] = file_digest(path)
+    (shards / "shards.json").write_text(json.dumps(marker))
+    with pytest.raises(InputError, match=r"1 row groups for 3 shards.*run the same 'eosin shard'"):
+        ShardReader(shards)
+    shard(ShardConfig(images=images, out=shards, records_per_shard=8, workers=1))
+    assert contents(shards) == before and index_digest(shards) == digest
+    assert {path: path.stat().st_mtime_ns for path in shards.glob("*.tar")} == kept
+    groups = pq.ParquetFile(shards / "index.parquet").metadata
+    assert [groups.row_group(n).num_rows for n in range(groups.num_row_groups)] == [8, 8, 7]
 
 
 def test_fewer_shards_leave_none_of_the_old_ones(
@@ -312,6 +338,7 @@ def test_a_read_only_output_folder_ends_in_one_line(
 
 FULL_DISK = """
 import resource, sys
+from eosin.launch.artefacts import file_digest, stamp_of
 from eosin.launch.cli import main
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
@@ -401,7 +428,7 @@ def test_real_tiles_pass_through_unchanged(tmp_path: Path, real_data: Path) -> N
             if (row["split"], row["label"]) == ("val", "lung_aca")
         ]
     reader = ShardReader(tmp_path / "out")
-    index = reader.index.to_pylist()
+    index = reader.index.table().to_pylist()
     assert {(r["path"], r["group"]) for r in index} == {(r["path"], r["group"]) for r in wanted}
     for row in range(0, len(reader), 20):
         assert reader.read(row) == (table.parent / index[row]["path"]).read_bytes()

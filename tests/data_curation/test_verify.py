@@ -2,22 +2,28 @@
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 import webdataset.tariterators
+from numpy.typing import NDArray
 
 from eosin.configs.errors import ConfigError, InputError
 from eosin.configs.load import load_config
 from eosin.data_curation.manifest import INDEX, read_table, write_table
 from eosin.data_curation.shard_reader import open_index
 from eosin.data_curation.shards import ShardConfig, shard
+from eosin.data_curation.tiles import TileConfig, tile
 from eosin.data_curation.verify import VerifyConfig, find_problems
+from eosin.launch.artefacts import file_digest
 from eosin.launch.cli import main
 
 TAR = "000001.tar"
@@ -187,6 +193,66 @@ def test_an_index_with_wild_offsets_is_named(shards: Path) -> None:
     assert found.count("missing: beyond the end of the shard") == 2
 
 
+def test_a_damaged_page_of_the_index_is_named_and_the_other_shards_are_checked(
+    shards: Path,
+) -> None:
+    path = shards / "index.parquet"
+    group = pq.read_metadata(path).row_group(1)
+    column = group.column(pq.read_schema(path).names.index("offset"))
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 2] ^= 1
+    path.write_bytes(data)
+    marker = json.loads((shards / "shards.json").read_text())
+    edit(shards / "shards.json", index_xxh3_128=file_digest(path))
+    assert marker["shards"].keys() == {"000000.tar", "000001.tar", "000002.tar"}
+    row = read_parts(shards, "000002")[0]
+    with (shards / "000002.tar").open("rb+") as tar:
+        tar.seek(row["offset"] + 40)
+        tar.write(b"????")
+    found = problems(shards)
+    assert found.pop("index.parquet").startswith("unreadable: the rows of 000001.tar: ")
+    assert set(found) == {"000002.tar", f"000002.tar:{row['key']}"}
+
+
+def read_parts(shards: Path, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_table(shards / "parts" / f"{name}.parquet", INDEX).to_pylist()
+    return rows
+
+
+def test_shards_that_point_into_slides_are_checked_against_the_slides(
+    tmp_path: Path, write_slide: Callable[..., Path], tissue_pixels: NDArray[np.uint8]
+) -> None:
+    for name in ("a", "b"):
+        write_slide(tmp_path / "slides" / f"{name}.tiff", [tissue_pixels], mpp=(0.5, 0.5))
+    tile(TileConfig(slides=tmp_path / "slides", out=tmp_path / "out", size_px=64, workers=1))
+    shards = tmp_path / "shards"
+    shard(
+        ShardConfig(
+            tiles=tmp_path / "out", out=shards, pixels="slides", records_per_shard=20, workers=1
+        )
+    )
+    assert problems(shards) == {}
+    (shards / "shards.json").rename(tmp_path / "marker")
+    assert list(problems(shards)) == ["shards.json"]  # what is there is told by the sidecars
+    (tmp_path / "marker").rename(shards / "shards.json")
+    slide = tmp_path / "slides" / "a.tiff"
+    os.utime(slide, ns=(1, 1))
+    found = problems(shards)
+    assert found and all(name.endswith(".slides") for name in found)
+    assert all(f"{slide} changed since the index was made" in what for what in found.values())
+    slide.unlink()
+    assert all(f"{slide} is missing" in what for what in problems(shards).values())
+    write_slide(slide, [tissue_pixels], mpp=(0.5, 0.5))
+    index = read_table(shards / "index.parquet", INDEX)
+    at = index.column_names.index("level0_x")
+    moved = pa.array([x + 1 for x in index["level0_x"].to_pylist()])
+    write_table(
+        index.set_column(at, index.schema.field(at), moved), shards / "index.parquet", INDEX
+    )
+    found_now, _, _ = find_problems(shards, workers=1)
+    assert ("000000.slides", "damaged: checksum mismatch") in {(p.file, p.what) for p in found_now}
+
+
 def test_unfinished_shards_are_checked_against_their_sidecars(shards: Path) -> None:
     (shards / "shards.json").unlink()
     (shards / "000002.tar").write_bytes(b"short")
@@ -237,7 +303,7 @@ def test_a_damaged_sidecar_is_remade(shards: Path) -> None:
 def test_a_damaged_index_is_refused_in_one_line_before_it_is_parsed(shards: Path) -> None:
     path = shards / "index.parquet"
     path.write_bytes(b"PAR1" + bytes(100) + b"\x10\0\0\0PAR1")
-    with pytest.raises(InputError, match="not what was written with these shards"):
+    with pytest.raises(InputError, match=r"index\.parquet is damaged .*; remove it and run"):
         open_index(shards)
     with pytest.raises(InputError, match="not a readable Parquet file") as failure:
         read_table(path, INDEX)

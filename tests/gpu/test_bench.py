@@ -48,7 +48,7 @@ def test_both_sides_take_the_same_steps_in_bf16(tmp_path: Path) -> None:
     config = load_config(BenchStepConfig, [], [*SMALL, "compile=none"])
     fast = FastStep(config.training, torch.device("cuda", 0), torch.bfloat16, tmp_path)
     plain = PlainStep(fast)
-    for batch in take_from(held_batches(config), 60_000, 3):
+    for batch in take_from(config, held_batches(config), 60_000, 3):
         ours, theirs = fast.take(batch, NoWatch()), plain.take(batch, NoWatch())
         torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.01)
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from eosin.configs.load import load_config
 from eosin.launch.bench_sides import FastStep
 from eosin.launch.stopwatch import NoWatch
+from eosin.pretrain.batch import Batch, Crops
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.diagnostics import PrototypeUse, Window, measure_health, rankme
 from eosin.pretrain.ema import update_teacher
-from eosin.pretrain.loader import Batch
 from eosin.pretrain.optim import clip_gradients, step_unless_bad
 from eosin.pretrain.step_guard import StepGuard
 
@@ -134,8 +134,11 @@ def test_a_whole_step_waits_for_nothing(options: list[str], tmp_path: Path) -> N
     config = load_config(PretrainConfig, [], [*paths, *sizes, *options])
     torch._dynamo.reset()
     fast = FastStep(config, torch.device("cuda", 0), torch.bfloat16, tmp_path)
-    crops = [torch.randint(256, (n, 8, 3, px, px), dtype=torch.uint8) for n, px in SIZES]
-    batches = [Batch(step, *crops, torch.arange(8), {}) for step in range(6)]
+    crops = Crops(
+        *(torch.randint(256, (n, 8, px, px, 3), dtype=torch.uint8) for n, px in SIZES)
+    )
+    masks_of = config.batch_plan.masks_of
+    batches = [Batch(step, crops, masks_of(step), torch.arange(8), {}) for step in range(6)]
     for batch in batches[:4]:  # kernels are made, and memory is held
         fast.take(batch, NoWatch())
     torch.cuda.synchronize()

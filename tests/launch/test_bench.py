@@ -132,7 +132,7 @@ def test_both_sides_take_the_same_steps(tmp_path: Path) -> None:
     config = load_config(BenchStepConfig, [], TINY)
     fast = FastStep(config.training, torch.device("cpu"), torch.float32, tmp_path)
     plain = PlainStep(fast)
-    for batch in take_from(held_batches(config), 70_000, 3):
+    for batch in take_from(config, held_batches(config), 70_000, 3):
         ours, theirs = fast.take(batch, NoWatch()), plain.take(batch, NoWatch())
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     before = dict(fast.model.teacher.named_parameters())["backbone.blocks.0.mlp.fc1.weight"]

@@ -109,40 +109,109 @@ def test_hue_turns_colours_and_leaves_greys_and_luma() -> None:
     assert not np.allclose(linear, np.eye(3), atol=0.1)
 
 
-def test_stain_jitter_of_no_strength_changes_nothing() -> None:
+def change_stains(
+    image: NDArray[np.uint8], factor: tuple[float, ...], shift: tuple[float, ...]
+) -> NDArray[np.uint8]:
+    return colour.change_stains(colour.optical_density(image), factor, shift)
+
+
+def amounts_by_pixel(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Haematoxylin, eosin and DAB of each pixel, by solving three equations: [H · W, 3]."""
+    densities = [
+        [-math.log((int(value) + 1) / 256) for value in pixel] for pixel in image.reshape(-1, 3)
+    ]
+    return np.array([np.linalg.solve(colour.HED_STAINS.T, density) for density in densities])
+
+
+def test_a_stain_change_of_no_strength_changes_nothing() -> None:
     image = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     image[0, :, :] = np.arange(64 * 3).reshape(64, 3)
     image[1] = 255
-    assert np.array_equal(colour.jitter_stains(image, (1, 1, 1), (0, 0, 0)), image)
+    image[2] = 0
+    assert np.array_equal(change_stains(image, (1, 1, 1), (0, 0, 0)), image)
 
 
-def test_stain_jitter_is_the_unmixing_of_each_pixel() -> None:
+@pytest.mark.parametrize(
+    ("factor", "shift"),
+    [
+        ((1.2, 0.8, 1.1), (0.1, -0.2, 0.05)),
+        ((1.0, 1.0, 1.0), (-0.3, -0.3, -0.3)),  # brighter than white
+        ((3.0, 3.0, 3.0), (0.5, 0.5, 0.5)),  # blacker than black
+    ],
+)
+def test_a_stain_change_is_the_unmixing_of_each_pixel(
+    factor: tuple[float, ...], shift: tuple[float, ...]
+) -> None:
     image = np.random.default_rng(3).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    factor, shift = (1.2, 0.8, 1.1), (0.1, -0.2, 0.05)
-    expected = np.empty(image.shape)
-    for place in np.ndindex(9, 7):
-        density = [-math.log((int(value) + 1) / 256) for value in image[place]]
-        amounts = np.linalg.solve(colour.HED_STAINS.T, density)
-        changed = (amounts * factor + shift) @ colour.HED_STAINS
-        expected[place] = 256 * np.exp(-changed) - 1
-    ours = colour.jitter_stains(image, factor, shift)
-    assert np.abs(ours - np.clip(expected, 0, 255)).max() <= 0.51
+    changed = (amounts_by_pixel(image) * factor + shift) @ colour.HED_STAINS
+    expected = np.clip(256 * np.exp(-changed) - 1, 0, 255).reshape(image.shape)
+    assert np.abs(change_stains(image, factor, shift) - expected).max() <= 1
 
 
 def test_doubled_haematoxylin_darkens_nuclei_and_leaves_pure_eosin() -> None:
     pure = 256 * np.exp(-0.5 * colour.HED_STAINS[None]) - 1  # [1, 3, 3]: H, E, DAB of amount 0.5
-    doubled = colour.jitter_stains(np.round(pure).astype(np.uint8), (2, 1, 1), (0, 0, 0))
+    doubled = change_stains(np.round(pure).astype(np.uint8), (2, 1, 1), (0, 0, 0))
     twice = 256 * np.exp(-1.0 * colour.HED_STAINS[0]) - 1
     assert np.abs(doubled[0, 0] - twice).max() < 2
     assert np.abs(doubled[0, 1] - pure[0, 1]).max() < 2
 
 
-@pytest.mark.parametrize("sigma_px", [0.1, 0.5, 1.0, 2.0])
+def test_stain_moments_are_those_of_the_amounts_of_the_pixels() -> None:
+    image = np.random.default_rng(5).integers(20, 256, (11, 8, 3), dtype=np.uint8)
+    amounts = amounts_by_pixel(image)
+    mean, std = colour.stain_moments(colour.optical_density(image))
+    assert mean == pytest.approx(amounts.mean(0), abs=1e-5)
+    assert std == pytest.approx(amounts.std(0), rel=1e-4)
+
+
+def test_units_of_stain_amounts_are_scikit_images_times_ln_of_a_million() -> None:
+    """Its rgb2hed: log(max(rgb, 1e-6)) / log(1e-6) @ inv(rgb_from_hed), for rgb in 0 … 1."""
+    image = np.random.default_rng(6).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    rgb = (image.reshape(-1, 3) + 1) / 256
+    theirs = np.log(rgb) / np.log(1e-6) @ np.linalg.inv(colour.HED_STAINS)
+    assert amounts_by_pixel(image) == pytest.approx(theirs * math.log(1e6))
+
+
+@pytest.mark.parametrize("sigma_px", [0.1, 0.25, 0.27, 0.4, 0.5, 0.7, 1.0, 1.2, 2.0])
 def test_blur_is_a_gaussian_of_nine_taps(image: NDArray[np.uint8], sigma_px: float) -> None:
     expected = ndimage.gaussian_filter(
         image.astype(np.float64), (sigma_px, sigma_px, 0), mode="mirror", radius=(4, 4, 0)
     )
     assert np.abs(colour.blur(image, sigma_px) - expected).max() <= 1
+    noise = np.random.default_rng(8).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    noise[:20] = 255
+    expected = ndimage.gaussian_filter(
+        noise.astype(np.float64), (sigma_px, sigma_px, 0), mode="mirror", radius=(4, 4, 0)
+    )
+    assert np.abs(colour.blur(noise, sigma_px) - expected).max() <= 2
+
+
+def test_blur_leaves_flat_images_as_they_are() -> None:
+    for sigma_px in np.linspace(0.1, 2.0, 39):
+        for level in (1, 128, 250, 255):
+            flat = np.full((20, 20, 3), level, np.uint8)
+            assert np.array_equal(colour.blur(flat, float(sigma_px)), flat)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_results_go_where_they_are_asked_to(contiguous: bool) -> None:
+    whole = np.random.default_rng(7).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    image = whole if contiguous else whole[3:17, 5:25]
+    image.flags.writeable = False
+    matrix = colour.jitter_matrix(np.array([90.0, 80.0, 70.0]), contrast=1.2, hue_turns=0.03)
+    density = colour.optical_density(image)
+    factor, shift = (1.1, 0.9, 1.0), (0.02, 0.0, -0.01)
+    for fresh, into in (
+        (colour.apply_matrix(image, matrix), lambda out: colour.apply_matrix(image, matrix, out)),
+        (colour.blur(image, 1.0), lambda out: colour.blur(image, 1.0, out=out)),
+        (colour.solarize(image), lambda out: colour.solarize(image, out=out)),
+        (
+            colour.change_stains(density, factor, shift),
+            lambda out: colour.change_stains(density, factor, shift, out=out),
+        ),
+    ):
+        out = np.zeros(image.shape, np.uint8)
+        assert into(out) is out and np.array_equal(out, fresh)
 
 
 def test_blur_removes_what_pillows_removes() -> None:

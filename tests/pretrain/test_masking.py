@@ -75,7 +75,8 @@ def naive_block_mask(seed: int, grid: tuple[int, int], target: int) -> tuple[set
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if h < 1 or w < 1 or h >= grid[0] or w >= grid[1]:
                 continue
-            top, left = rng.integers(grid[0] - h + 1), rng.integers(grid[1] - w + 1)
+            top, left = math.floor(rng.uniform(0, grid[0] - h + 1)), rng.uniform(0, grid[1] - w + 1)
+            left = math.floor(left)
             block = {(top + i, left + j) for i in range(h) for j in range(w)}
             if 0 < len(block - cells) <= room:
                 cells |= block

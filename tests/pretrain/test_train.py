@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from eosin.configs.errors import ConfigError, InputError
 from eosin.configs.load import load_config, to_yaml
 from eosin.data_curation.shards import ShardConfig, shard
+from eosin.pretrain.batch import Inputs
 from eosin.pretrain.checkpoint import list_checkpoints
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.export import ExportConfig, export
-from eosin.pretrain.loader import batches
+from eosin.pretrain.loader import batches, open_shards
 from eosin.pretrain.optim import group_key
 from eosin.pretrain.train import Rates, build_model, forward, plan, pretrain
 
@@ -183,12 +184,12 @@ def by_hand(config: PretrainConfig) -> dict[str, torch.Tensor]:
     betas, eps = config.optim.betas, config.optim.eps
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, foreach=False)
     clipped = 0
+    inputs, reader = Inputs(cpu, config.mean, config.std), open_shards(config.shards, config.loader)
     for batch in batches(
-        config.shards, config.augment, config.loader, batch_size=config.batch_size,
-        seed=config.seed, first_step=0, last_step=config.steps,
-    ):  # fmt: skip
+        reader, config.batch_plan, config.loader, first_step=0, last_step=config.steps
+    ):
         rates = Rates.at(config, batch.step)
-        losses, _ = forward(config, model, batch, rates, cpu, torch.float32)
+        losses, _ = forward(config, model, batch, rates, inputs, torch.float32)
         optimizer.zero_grad()
         losses.total.backward()
         for part in model.student.children():
