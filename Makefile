@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.eosin-installed
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test test-all gpu check format clean
+.PHONY: help setup demo test test-all gpu scale check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ gpu: setup  ## on a GPU: its tests, then the bench of S, B and L/14 into runs/be
 	$(BIN)/eosin bench step --config bench/step_gpu batch_size=128 --json runs/bench_small.json
 	$(BIN)/eosin bench step --config bench/step_gpu --config size/base batch_size=128 model.drop_path=0.2 --json runs/bench_base.json
 	$(BIN)/eosin bench step --config bench/step_gpu --config size/large model.drop_path=0.3 --json runs/bench_large.json
+
+scale: setup  ## an index of 100 million made-up records: time and memory to open it, time of the order
+	$(THREADS) $(BIN)/python tests/scale/index_100m.py
 
 check: setup  ## format, lint, types
 	mkdir -p .cache && ln -sfn .. .cache/eosin

@@ -4,6 +4,14 @@ The command prints the message alone and exits with `exit_code`; a traceback is 
 `--debug`.
 """
 
+_LONGEST = 1000
+
+
+def printable(text: str) -> str:
+    """`text` in one line, at most `_LONGEST` characters: names in it may come from anyone."""
+    cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
 
 class EosinError(Exception):
     """Base of every error that a user can mend. Exit code 1: the work failed."""

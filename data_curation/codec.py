@@ -26,8 +26,12 @@ MAX_BYTES = 4 * MAX_PIXELS
 FACTORS = (1, 2, 4, 8)
 """Scales 1/f at which a tile can be decoded."""
 
+MAX_SCANS = 100
+"""Scans of a JPEG; each is a pass over the whole image, however few its bytes."""
+
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
+_SCAN = b"\xff\xda"
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 _METADATA = {"exif", "comment", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
@@ -143,6 +147,9 @@ def _decode_jpeg(data: bytes, factor: int, out: NDArray[np.uint8] | None) -> NDA
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height)
+        scans = data.count(_SCAN)
+        if scans > MAX_SCANS:
+            raise ImageError(f"JPEG of {scans} scans; a tile has at most {MAX_SCANS}")
         if colours in ("CMYK", "YCCK"):
             raise ImageError(f"JPEG in {colours}, a printer's colours without a defined RGB")
         # The decoder takes the smallest of its scales that is no smaller than asked.
@@ -194,7 +201,10 @@ def _open(data: bytes, suffix: str) -> Any:
     try:
         if suffix == "png":
             # Before Pillow sees it: its own bound is a warning, and far above a tile.
-            _check_size(*struct.unpack_from(">II", data, 16))
+            width, height, depth = struct.unpack_from(">IIB", data, 16)
+            _check_size(width, height)
+            if depth > 8:  # Pillow would drop the lower half of each value without a word
+                raise ImageError(f"PNG of {depth} bits a channel; a tile has 8")
         image: ImageFile.ImageFile = Image.open(
             io.BytesIO(data), formats=["PNG" if suffix == "png" else "JPEG"]
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eosin.configs.errors import InputError
+from eosin.configs.errors import InputError, printable
 from eosin.launch.artefacts import SCHEMA_VERSION, replacing
 
 
@@ -228,7 +228,7 @@ def open_table(path: Path, schema: pa.Schema) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         raise unreadable(path, error) from error
     given = file.schema_arrow
-    version = int((given.metadata or {}).get(b"schema_version", b"1"))
+    version = version_of(given)
     if version > SCHEMA_VERSION:
         raise InputError(f"{path} was written by a newer eosin (schema_version {version})")
     missing = [name for name in schema.names if name not in given.names]
@@ -237,7 +237,13 @@ def open_table(path: Path, schema: pa.Schema) -> pq.ParquetFile:
     return file
 
 
+def version_of(schema: pa.Schema) -> int:
+    """The version of a table's layout; a very new one where it is no number."""
+    text = (schema.metadata or {}).get(b"schema_version", b"1")
+    return int(text) if re.fullmatch(rb"[0-9]{1,9}", text) else 10**9
+
+
 def unreadable(path: Path, error: Exception) -> InputError:
     """The error of a Parquet file that cannot be read, in one line."""
-    first_line = str(error).strip().partition("\n")[0]
+    first_line = printable(str(error).strip().partition("\n")[0])
     return InputError(f"{path} is not a readable Parquet file: {first_line}")

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
+from eosin.configs.errors import EosinError
 from eosin.data_curation.codec import MAX_BYTES
 from eosin.data_curation.shard_index import Place
 from eosin.data_curation.shard_reader import Payload, RecordError, ShardReader
@@ -14,6 +15,8 @@ _CHUNK = 32
 """Records that are sorted by their place before they are shared out to threads."""
 _JOB = 8
 """Records that a thread reads one after another: handing over costs more than a short read."""
+_POLL_S = 5.0
+"""Between two looks at whether the threads live, while one is waited for."""
 
 
 class _Job:
@@ -21,7 +24,8 @@ class _Job:
 
     def __init__(self, places: list[Place]) -> None:
         self.places = places
-        self.results: list[Payload | Exception] = []
+        lost = EosinError("a thread that reads ahead died before it came to this record")
+        self.results: list[Payload | Exception] = [lost] * len(places)
         self.done = threading.Lock()
         """Free once all are read."""
         self.done.acquire()
@@ -101,8 +105,11 @@ class ReadAhead:
         self._expect(row, self._under_way[0].row if self._under_way else None)
         ticket = self._under_way.popleft()
         self._bytes -= ticket.n_bytes
-        with ticket.job.done:
-            result = ticket.job.results[ticket.number]
+        while not ticket.job.done.acquire(timeout=_POLL_S):
+            if not any(thread.is_alive() for thread in self._threads):
+                raise EosinError("the threads that read ahead died; less read-ahead may help")
+        ticket.job.done.release()
+        result = ticket.job.results[ticket.number]
         if isinstance(result, Exception) and not isinstance(result, RecordError):
             raise result
         return result
@@ -157,15 +164,20 @@ class ReadAhead:
     def _work(self) -> None:
         """What a thread does until it is told to end."""
         while (job := self._jobs.get()) is not None:
-            for place in job.places:
-                if self._closing:
-                    break
-                try:
-                    job.results.append(_fetch(self._reader, place))
-                except Exception as error:  # raised where the record is taken
-                    job.results.append(error)
-            job.done.release()
+            try:
+                for number, place in enumerate(job.places):
+                    if self._closing:
+                        break
+                    job.results[number] = self._fetch(place)
+            finally:
+                job.done.release()
         self._reader.close_slides()
+
+    def _fetch(self, place: Place) -> Payload | Exception:
+        try:
+            return _fetch(self._reader, place)
+        except Exception as error:  # raised where the record is taken
+            return error
 
 
 def _fetch(reader: ShardReader, place: Place) -> Payload | RecordError:

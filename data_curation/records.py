@@ -4,7 +4,9 @@
 deals them out to shards.
 """
 
+import errno
 import re
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +93,13 @@ def file_identity(file: Path) -> str:
     """Size and time of change; empty for a file that is not there."""
     try:
         found = file.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except ValueError:  # a zero in the name
+        return ""
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return ""
+        raise
+    if not stat.S_ISREG(found.st_mode):  # a pipe or a device might never end
         return ""
     return f"{found.st_size}:{found.st_mtime_ns}"
 

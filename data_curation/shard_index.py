@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from eosin.configs.errors import InputError
+from eosin.configs.errors import InputError, printable
 from eosin.data_curation.index_rows import DIGEST_BYTES, RowBlock, compact_rows, encode_values
-from eosin.data_curation.manifest import INDEX, REFERENCE, check_table, full_schema
+from eosin.data_curation.manifest import INDEX, REFERENCE, check_table, full_schema, version_of
 from eosin.data_curation.shard_marker import INDEX_NAME, POINTING, digest_of
 from eosin.data_curation.shard_store import ShardStore
 from eosin.data_curation.strata import Strata
@@ -30,7 +30,7 @@ CACHE_MB = 256
 
 _COLUMNS = ("suffix", "offset", "size", "checksum", "height_px", "width_px", "mpp")
 _PLAIN = ("key", "offset", "size", "checksum")  # hardly a value occurs twice: no dictionary
-_MAX_CELL_BYTES = 16384  # of a column's average cell; more is taken for a decompression bomb
+MAX_CELL_BYTES = 16384  # of a column's average cell; more is taken for a decompression bomb
 _REWRITE = "remove it and run the same 'eosin shard' again"
 
 
@@ -243,7 +243,7 @@ class ShardIndex:
         """Refuses a file whose row groups are not the shards of the marker, from its footer."""
         where = self.store.where(INDEX_NAME)
         schema, metadata = self._file.schema_arrow, self._file.metadata
-        version = int((schema.metadata or {}).get(b"schema_version", b"1"))
+        version = version_of(schema)
         if version > SCHEMA_VERSION:
             raise InputError(f"{where} was written by a newer eosin (schema_version {version})")
         needed = [*INDEX, *(REFERENCE if any(n.endswith(POINTING) for n in self.names) else ())]
@@ -277,7 +277,7 @@ class ShardIndex:
             self._file.schema_arrow.get_field_index,
         )
         claimed = sum(group.column(column(name)).total_uncompressed_size for name in columns)
-        if claimed > _MAX_CELL_BYTES * len(columns) * (group.num_rows + 1):
+        if claimed > MAX_CELL_BYTES * len(columns) * (group.num_rows + 1):
             raise self._damaged(ValueError(f"{claimed} bytes for {group.num_rows} rows"))
         try:
             with self._lock:
@@ -348,7 +348,7 @@ class ShardIndex:
         return found
 
     def _damaged(self, error: Exception) -> InputError:
-        first_line = str(error).strip().partition("\n")[0]
+        first_line = printable(str(error).strip().partition("\n")[0])
         where = self.store.where(INDEX_NAME)
         return InputError(f"{where} is damaged ({first_line}); {_REWRITE}")
 

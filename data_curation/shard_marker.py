@@ -75,6 +75,8 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         InputError: it is damaged.
     """
+    if not path.is_file():  # a named pipe would never end
+        raise FileNotFoundError(path)
     sidecar = _parse_object(path.read_bytes(), str(path))
     if not (_has(sidecar, _SIDECAR) and all(_has(row, _FAILED) for row in sidecar["failed"])):
         raise InputError(_DAMAGED.format(path))
@@ -99,7 +101,7 @@ def index_digest(shards: Path) -> str:
 def _is_described(described: object) -> bool:
     if not (isinstance(described, dict) and _has(described, DESCRIBED)):
         return False
-    if described["count"] < 0 or described["bytes"] < 0:
+    if not (0 <= described["count"] < 1 << 31 and 0 <= described["bytes"] < 1 << 62):
         return False
     return _DIGEST.fullmatch(described["xxh3_128"]) is not None
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from eosin.configs.errors import EosinError
+from eosin.configs.errors import EosinError, printable
 from eosin.data_curation.codec import MAX_BYTES, ImageError, decode_image, reduce_pixels
 from eosin.data_curation.shard_cache import CacheConfig
 from eosin.data_curation.shard_index import Place, ShardIndex
@@ -27,6 +27,9 @@ from eosin.data_curation.slide_pool import SlidePool
 
 class RecordError(EosinError):
     """A record that is not what the index says; names shard and key."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Payload(NamedTuple):
@@ -105,7 +108,7 @@ class ShardReader:
                 record points into a slide.
         """
         place = self.index.locate(row)
-        if place.suffix == "slide":
+        if place.reference is not None:
             raise RecordError(f"{self.where(place)}: it points into a slide and has no bytes")
         return self._read(place)
 
@@ -125,7 +128,7 @@ class ShardReader:
                 that they are in is gone, another, or unreadable there.
             EosinError: the shard cannot be fetched.
         """
-        if place.suffix == "slide":
+        if place.reference is not None:
             return Payload(place, b"", self._read_slide(place))
         return Payload(place, self._read(place), None)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,11 +79,11 @@ class LocalFolder:
         """Compares the sizes in one pass over the folder, not with a look-up for each shard."""
         shards = self.marker["shards"]
         with os.scandir(self.folder) as entries:
-            sizes = {e.name: e.stat().st_size for e in entries if e.name in shards and e.is_file()}
+            sizes = {e.name: _file_size(e) for e in entries if e.name in shards}
         for name, described in shards.items():
             if name.endswith(POINTING):
                 continue
-            if name not in sizes:
+            if sizes.get(name) is None:
                 raise InputError(
                     f"{self.where(name)} is missing; run the same 'eosin shard' again to remake it"
                 )
@@ -91,6 +92,15 @@ class LocalFolder:
                     f"{self.where(name)} has {sizes[name]} bytes where {described['bytes']} were "
                     f"written; see 'eosin shard verify {self.folder}'"
                 )
+
+
+def _file_size(entry: os.DirEntry[str]) -> int | None:
+    """Bytes; None for what is no file, such as a link to itself."""
+    try:
+        found = entry.stat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def open_store(shards: str | Path, cache: CacheConfig | None = None) -> ShardStore:

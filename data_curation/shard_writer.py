@@ -134,8 +134,12 @@ def _write_references(job: ShardJob) -> None:
     source = job.records.source.take(pa.array(kept, pa.int64()))
     n, side_px = len(kept), source["size_px"].to_pylist()
     facts: dict[str, list[Any]] = {
-        **{"suffix": [SLIDE_SUFFIX] * n, "offset": [0] * n, "size": [0] * n, "checksum": [""] * n},
-        **{"width_px": side_px, "height_px": side_px},
+        "suffix": [SLIDE_SUFFIX] * n,
+        "offset": [0] * n,
+        "size": [0] * n,
+        "checksum": [""] * n,
+        "width_px": side_px,
+        "height_px": side_px,
     }
     rows = _index_rows(job, kept, facts)
     for name in REFERENCE.names:

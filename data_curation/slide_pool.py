@@ -4,6 +4,7 @@ Records of an index that was written with ``pixels=slides`` hold a tile's place 
 this reads what they point at.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from eosin.data_curation.slide import RegionError, Slide
 from eosin.data_curation.slide_metadata import SlideError
 
 _CACHE_MB = 64  # of decoded pixels, one cache for all slides; OpenSlide's own is 32 MB a slide
+
+
+_NUMBERS = ("source_mpp_x", "source_mpp_y", "requested_mpp", "level0_x", "level0_y")
 
 
 class _Source(NamedTuple):
@@ -72,6 +76,9 @@ class SlidePool:
             RegionError: the tile cannot be decoded, or was never scanned.
         """
         source = _Source(*(row[f"source_{name}"] for name in _Source._fields))
+        place = [row[name] for name in _NUMBERS]
+        if not all(map(math.isfinite, place)) or min(place[:3]) <= 0 or row["size_px"] < 1:
+            raise RegionError(f"{row['source_path']}: no tile has such a place: {place}")
         slide = self._slide(source)
         try:
             return slide.read_tile(

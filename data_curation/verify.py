@@ -5,8 +5,9 @@ Here the sidecar, the marker, the index and the archive's own members must all a
 point into slides, these must be there and unchanged; their pixels are not read.
 """
 
+import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from eosin.configs.errors import EosinError, InputError
+from eosin.data_curation.energon_index import META_NAME
 from eosin.data_curation.manifest import INDEX, REFERENCE, open_table
+from eosin.data_curation.shard_index import MAX_CELL_BYTES, ShardIndex
 from eosin.data_curation.shard_marker import (
     DESCRIBED,
     FAILED_NAME,
@@ -30,6 +33,7 @@ from eosin.data_curation.shard_marker import (
     read_sidecar,
 )
 from eosin.data_curation.shard_reader import read_record
+from eosin.data_curation.shard_store import LocalFolder
 from eosin.data_curation.shard_writer import reference_digest
 from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.slide_pool import check_identity
@@ -38,6 +42,8 @@ from eosin.launch.artefacts import file_digest
 from eosin.launch.progress import Meter
 
 _NAMED = 3
+_CHECKED = (*INDEX.names, *REFERENCE.names)
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +155,17 @@ def _open_index(
             problems.append(Problem(file=name, what="missing"))
         elif marker and file_digest(path) != marker[f"{path.stem}_xxh3_128"]:
             problems.append(Problem(file=name, what="not what was written: checksum mismatch"))
-    try:
-        return open_table(shards / INDEX_NAME, INDEX)
-    except InputError as error:
-        if (shards / INDEX_NAME).is_file():
-            problems.append(Problem(file=INDEX_NAME, what=f"unreadable: {error}"))
+    if not (shards / INDEX_NAME).is_file():
         return None
+    named = any(problem.file == INDEX_NAME for problem in problems)
+    try:
+        index = open_table(shards / INDEX_NAME, INDEX)
+        if marker is not None and not named:  # what was written may still be no index of these
+            ShardIndex(LocalFolder(shards, check_sizes=False))
+    except InputError as error:
+        problems.append(Problem(file=INDEX_NAME, what=f"unreadable: {error}"))
+        return None
+    return index
 
 
 def _rows_by_shard(
@@ -162,19 +173,31 @@ def _rows_by_shard(
 ) -> Iterator[tuple[str, pa.Table | None]]:
     """The rows of each shard, as far as they can be read; only one shard's are in memory."""
     groups = [] if index is None else _names_in_groups(index)
+    columns = [n for n in _CHECKED if index is not None and n in index.schema_arrow.names]
     for name in names:
         if index is None:
             yield name, None
             continue
         wanted = [number for number, (low, high) in enumerate(groups) if low <= name <= high]
         try:
-            rows = index.read_row_groups(wanted)
+            _refuse_bomb(index, wanted, columns)
+            rows = index.read_row_groups(wanted, columns)
             yield name, rows.filter(pc.equal(rows["shard"], name))
         except (pa.ArrowException, OSError) as error:
             first_line = str(error).strip().partition("\n")[0]
             what = f"unreadable: the rows of {name}: {first_line}"
             problems.append(Problem(file=INDEX_NAME, what=what))
             yield name, None
+
+
+def _refuse_bomb(index: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str]) -> None:
+    """Raises ArrowInvalid where cells are longer than any that was ever written."""
+    for group in groups:
+        rows = index.metadata.row_group(group)
+        for name in columns:
+            size = rows.column(index.schema_arrow.get_field_index(name)).total_uncompressed_size
+            if size > MAX_CELL_BYTES * (rows.num_rows + 1):
+                raise pa.ArrowInvalid(f"{size} bytes of '{name}' in {rows.num_rows} rows")
 
 
 def _names_in_groups(index: pq.ParquetFile) -> list[tuple[str, str]]:
@@ -212,8 +235,11 @@ def _strangers(shards: Path, names: set[str]) -> Iterator[Problem]:
     known = {MARKER_NAME, INDEX_NAME, FAILED_NAME, *names}
     known |= {f"{Path(name).stem}.json" for name in names}
     known |= {f"{PARTS_NAME}/{Path(name).stem}.parquet" for name in names}
+    known |= {f"{name}.idx" for name in names}  # of `eosin shard energon`
     for path in sorted(shards.rglob("*")):
         name = path.relative_to(shards).as_posix()
+        if name.split("/")[0] == META_NAME:
+            continue
         if name not in known and not (path.is_dir() and name == PARTS_NAME):
             yield Problem(file=name, what="extra: no shard of this folder")
 
@@ -238,6 +264,8 @@ def _check_shard(job: _Job) -> list[Problem]:
         if job.tar.suffix == POINTING:
             problems += _check_references(job.tar, job.rows, described)
             return problems
+        if not job.tar.is_file():
+            raise FileNotFoundError(job.tar)
         if described is not None:
             problems += _check_file(job.tar, described)
         if job.rows is not None:
@@ -315,10 +343,16 @@ def _check_references(
 def _members(tar: Path) -> dict[str, tuple[int, int]]:
     """Offset and size of each member, as any reader finds them, as far as it gets."""
     found: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                found[member.name] = (member.offset_data, member.size)
-    except tarfile.TarError:
-        pass  # what lies behind is reported record by record
+    size = tar.stat().st_size
+    with tar.open("rb") as file:
+        while any(block := file.read(tarfile.BLOCKSIZE)):
+            try:
+                member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+            except (tarfile.HeaderError, ValueError):
+                break
+            start = file.tell()
+            if member.type not in _PLAIN or not 0 <= member.size <= size - start:
+                break
+            found[member.name] = (start, member.size)
+            file.seek(-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, os.SEEK_CUR)
     return found

@@ -15,6 +15,7 @@ from PIL import Image
 from eosin.configs.errors import InputError
 from eosin.data_curation.energon_index import EnergonConfig, write_energon
 from eosin.data_curation.shards import ShardConfig, shard
+from eosin.data_curation.verify import find_problems
 
 
 def config_of(folder: Path, records_per_shard: int = 8) -> ShardConfig:
@@ -63,6 +64,7 @@ def members_at(tar: Path, start: int, end: int) -> list[str]:
 
 def test_every_position_is_where_tarfile_finds_the_header(shards: Path) -> None:
     write_energon(EnergonConfig(shards=shards))
+    assert find_problems(shards, workers=1)[0] == []  # nothing of it is a stranger
     tars = sorted(shards.glob("*.tar"))
     assert len(tars) == 3
     for tar in tars:

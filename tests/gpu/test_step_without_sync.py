@@ -134,9 +134,7 @@ def test_a_whole_step_waits_for_nothing(options: list[str], tmp_path: Path) -> N
     config = load_config(PretrainConfig, [], [*paths, *sizes, *options])
     torch._dynamo.reset()
     fast = FastStep(config, torch.device("cuda", 0), torch.bfloat16, tmp_path)
-    crops = Crops(
-        *(torch.randint(256, (n, 8, px, px, 3), dtype=torch.uint8) for n, px in SIZES)
-    )
+    crops = Crops(*(torch.randint(256, (n, 8, px, px, 3), dtype=torch.uint8) for n, px in SIZES))
     masks_of = config.batch_plan.masks_of
     batches = [Batch(step, crops, masks_of(step), torch.arange(8), {}) for step in range(6)]
     for batch in batches[:4]:  # kernels are made, and memory is held

@@ -29,7 +29,7 @@ from eosin.pretrain.steps import BatchPlan
 
 LIMIT_S = 4
 ROOM = 1_500_000_000
-"""Bytes of address space beyond what the imports took."""
+"""Bytes of address space beyond what imports and the making of the case took."""
 
 _STARTS = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork")
 _NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.", "http.client")
@@ -72,13 +72,13 @@ def main(arguments: list[str]) -> None:
     write_sound(work / "warm")
     for door in DOORS.values():  # whatever they import, they import now
         door(work / "warm")
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     cases = [*(case for group in GROUPS.values() for case in group), *truncations()]
     for case in cases:
         if case.name not in names:
             continue
         print(json.dumps({"begin": case.name}), flush=True)
         case.build(work / case.name)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
         found = {door: _enter(DOORS[door], work / case.name, watch) for door in DOORS}
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)

@@ -282,10 +282,10 @@ def _extension(rows: pa.Table) -> pa.Table:
 
 
 def _bomb(column: str) -> Callable[[pa.Table], pa.Table]:
-    """300 MB of text in one cell, which the file holds compressed."""
+    """100 MB of text in one cell, which the file holds compressed."""
 
     def change(rows: pa.Table) -> pa.Table:
-        values = ["x" * 300_000_000, *[""] * (rows.num_rows - 1)]
+        values = ["x" * 100_000_000, *[""] * (rows.num_rows - 1)]
         if column not in rows.column_names:
             return rows.append_column(column, pa.array(values, pa.string()))
         values = [values[0], *rows[column].to_pylist()[1:]]
@@ -422,12 +422,12 @@ INDICES = [
     _index("version_newer", "a layout of the future", _with_metadata(schema_version=b"999")),
     _index(
         "bomb_stranger",
-        "300 MB in a column that nobody asks for",
+        "100 MB in a column that nobody asks for",
         _bomb("note"),
         "harmless",
         found=False,
     ),
-    _index("bomb_key", "300 MB in the key of a record", _bomb("key"), "lost"),
+    _index("bomb_key", "100 MB in the key of a record", _bomb("key"), "lost"),
     *[
         _case(f"index_cut_{n}", f"cut at {n} tenths", "refused", _cut_index(n / 10))
         for n in (0, 3, 6, 9)
