@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 
 from eosin.configs.errors import ConfigError
 
@@ -97,7 +97,7 @@ def _dump(plain: Any) -> str:
 def _read_yaml(path: Path) -> Any:
     try:
         loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, *_BAD_VALUES) as error:
         raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}") from error
     if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{path} must hold keys and values, not a list or a bare value")
@@ -120,4 +120,7 @@ def _merge(base: Any, layer: Any, where: str, key: str = "") -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    line = str(error).strip().split("\n")[0]
+    if isinstance(error, KeyValidationError):  # YAML reads 0.25, yes and null as no text
+        return f"{line}: write it in quotes, as in {{'0.25': 1}}"
+    return line

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from eosin.data_curation.codec import MAX_PIXELS
 from eosin.data_curation.manifest import REFERENCE
@@ -57,9 +57,7 @@ def compact_rows(table: pa.Table, points: bool) -> RowBlock:
         points: whether the records point into slides: `manifest.REFERENCE` are there too.
     """
     suffixes, codes = encode_values(table["suffix"])
-    hw = np.stack([table["height_px"].to_numpy(), table["width_px"].to_numpy()], axis=1)
-    area = hw[:, 0].astype(np.int64) * hw[:, 1]
-    hw[(hw < 1).any(axis=1) | (area > MAX_PIXELS)] = 1  # not so: told when it is decoded
+    hw = possible_hw(table["height_px"].to_numpy(), table["width_px"].to_numpy())
     return RowBlock(
         suffixes=tuple(suffixes),
         suffix=_lean(codes),
@@ -70,6 +68,14 @@ def compact_rows(table: pa.Table, points: bool) -> RowBlock:
         mpp=_lean(table["mpp"].to_numpy()),
         reference=table.select(REFERENCE.names) if points else None,
     )
+
+
+def possible_hw(height_px: ArrayLike, width_px: ArrayLike) -> NDArray[np.int32]:
+    """Sizes of tiles, int32 [n, 2]; 1 × 1 for what cannot be: that is told when it is decoded."""
+    hw = np.stack([np.asarray(height_px, np.int32), np.asarray(width_px, np.int32)], axis=1)
+    area = hw[:, 0].astype(np.int64) * hw[:, 1]
+    hw[(hw < 1).any(axis=1) | (area > MAX_PIXELS)] = 1
+    return hw
 
 
 def encode_values(cells: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int32]]:

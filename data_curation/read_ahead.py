@@ -194,6 +194,6 @@ def _position(numbered: tuple[int, Place]) -> tuple[int, int]:
 
 def _n_bytes(place: Place) -> int:
     """Bytes that the record takes when it is read."""
-    if place.suffix == "slide":
+    if place.reference is not None:
         return 3 * place.height_px * place.width_px
     return min(max(place.size, 0), MAX_BYTES)  # more is refused when it is read

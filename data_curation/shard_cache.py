@@ -20,6 +20,7 @@ import xxhash
 
 from eosin.configs.errors import ConfigError, EosinError, InputError
 from eosin.data_curation.shard_marker import INDEX_NAME, MARKER_NAME, POINTING, parse_marker
+from eosin.launch.artefacts import file_digest
 
 T = TypeVar("T")
 
@@ -125,6 +126,27 @@ class RemoteFolder:
                 os.utime(descriptor)  # when it was last used
             return descriptor
 
+    def discard(self, name: str) -> bool:
+        """Removes the copy of the file `name` if it is not what was written: a disk may lie.
+
+        Returns:
+            True: it is a copy, and `open` or `index` gives one that is as it should be.
+        """
+        if name == INDEX_NAME:
+            digest, suffix = self.marker["index_xxh3_128"], "parquet"
+        else:
+            digest, suffix = self.marker["shards"][name]["xxh3_128"], "tar"
+        path = self.cache.folder / f"{digest}.{suffix}"
+        with self._locked(digest):
+            try:
+                sound = file_digest(path) == digest
+            except OSError:  # a bad sector, or it is gone
+                sound = False
+            if not sound:
+                with suppress(PermissionError):  # another user's
+                    path.unlink(missing_ok=True)
+        return True
+
     def _read_marker(self) -> dict[str, Any]:
         where = self.where(MARKER_NAME)
         try:
@@ -156,19 +178,20 @@ class RemoteFolder:
 
     def _fetch(self, name: str, path: Path, digest: str, n_bytes: int | None = None) -> None:
         """Brings a remote file to `path` whole and checked; the caller holds its lock."""
-        where = self.where(name)
-        partial = path.with_name(f".{path.name}.partial")
+        where, partial = self.where(name), _partial_of(path)
+        partial.touch()
 
         def copy() -> None:
             state, size = xxhash.xxh3_128(), 0
             with (
                 self._files.open(f"{self._root}/{name}", "rb", block_size=_CHUNK_BYTES) as source,
-                partial.open("wb") as target,
+                partial.open("r+b") as target,
             ):
                 while chunk := source.read(_CHUNK_BYTES):
                     state.update(chunk)
                     target.write(chunk)
                     size += len(chunk)
+                target.truncate()
                 target.flush()
                 os.fsync(target.fileno())
             if n_bytes is not None and size != n_bytes:
@@ -185,7 +208,11 @@ class RemoteFolder:
             partial.unlink(missing_ok=True)
 
     def _make_room(self, n_bytes: int, wanted: Path) -> None:
-        """Removes what was unused for longest until `n_bytes` more stay within the bound."""
+        """Removes what was unused for longest until `n_bytes` more stay within the bound.
+
+        The partial file of `wanted` then has that size, so that others who make room count it.
+        """
+        partial = _partial_of(wanted)
         with self._locked("room"):
             found: list[tuple[float, int, Path]] = []
             total = n_bytes
@@ -195,7 +222,9 @@ class RemoteFolder:
                         facts = entry.stat()
                     except FileNotFoundError:
                         continue  # renamed or removed by another process
-                    if _CACHED.fullmatch(entry.name) and entry.name != wanted.name:
+                    if entry.name in (wanted.name, partial.name):
+                        continue
+                    if _CACHED.fullmatch(entry.name):
                         total += facts.st_size
                         found.append((facts.st_mtime, facts.st_size, Path(entry.path)))
                     elif _PARTIAL.fullmatch(entry.name):
@@ -208,6 +237,8 @@ class RemoteFolder:
                     break
                 path.unlink(missing_ok=True)
                 total -= size
+            with partial.open("wb") as reserved:
+                reserved.truncate(n_bytes)
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -227,6 +258,11 @@ class RemoteFolder:
 
 class _DifferentError(Exception):
     """What was fetched is not what was written; perhaps the next attempt brings it whole."""
+
+
+def _partial_of(path: Path) -> Path:
+    """What a file of the cache is called until it is whole."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _file_system(url: str) -> tuple[Any, str]:

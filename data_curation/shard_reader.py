@@ -4,11 +4,14 @@
 lies, `shard_store` where the shards are.
 """
 
+import errno
 import os
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +21,17 @@ from numpy.typing import NDArray
 from eosin.configs.errors import EosinError, printable
 from eosin.data_curation.codec import MAX_BYTES, ImageError, decode_image, reduce_pixels
 from eosin.data_curation.shard_cache import CacheConfig
-from eosin.data_curation.shard_index import Place, ShardIndex
+from eosin.data_curation.shard_index import CACHE_MB, Place, ShardIndex
 from eosin.data_curation.shard_store import open_store
 from eosin.data_curation.slide import RegionError
 from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.slide_pool import SlidePool
+
+RETRY_WAITS_S = (0.5, 2.0)
+"""Before each further attempt to read a shard or slide that cannot be read: a network that is away
+for a moment damages no record."""
+
+_LONGEST_PATH = 4096  # of Linux
 
 
 class RecordError(EosinError):
@@ -53,7 +62,13 @@ def open_index(shards: Path) -> pa.Table:
 
 def read_record(descriptor: int, offset: int, size: int) -> bytes:
     """`size` bytes at `offset` of an open file; fewer where the file ends before."""
-    return os.pread(descriptor, size, offset)
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:  # seldom: some network file systems give less than is there
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 class ShardReader:
@@ -67,6 +82,7 @@ class ShardReader:
         shards: the folder, or its URL.
         cache: where shards of a URL are kept.
         max_open: tars, and slides of a thread, that are held open at most.
+        index_cache_mb: see `shard_index.CACHE_MB`.
 
     Raises:
         InputError: the shards were not finished, one is missing or of another size than was
@@ -75,9 +91,14 @@ class ShardReader:
     """
 
     def __init__(
-        self, shards: str | Path, cache: CacheConfig | None = None, max_open: int = 64
+        self,
+        shards: str | Path,
+        cache: CacheConfig | None = None,
+        max_open: int = 64,
+        index_cache_mb: float = CACHE_MB,
     ) -> None:
-        self._set_up(shards, cache, max_open, ShardIndex(open_store(shards, cache)))
+        index = ShardIndex(open_store(shards, cache), index_cache_mb)
+        self._set_up(shards, cache, max_open, index)
 
     def _set_up(
         self, shards: str | Path, cache: CacheConfig | None, max_open: int, index: ShardIndex
@@ -104,8 +125,9 @@ class ShardReader:
         """The encoded image of the record in `row`.
 
         Raises:
-            RecordError: the bytes do not have the index's checksum, or cannot be read; or the
-                record points into a slide.
+            RecordError: the bytes do not have the index's checksum, or the disk cannot read them;
+                or the record points into a slide.
+            EosinError: the shard cannot be fetched or opened.
         """
         place = self.index.locate(row)
         if place.reference is not None:
@@ -117,6 +139,7 @@ class ShardReader:
 
         Raises:
             RecordError: see `fetch`.
+            EosinError: likewise.
         """
         return self.fetch(self.index.locate(row))
 
@@ -124,12 +147,12 @@ class ShardReader:
         """What `decode` needs of the record at `place`, see `ShardIndex.locate`.
 
         Raises:
-            RecordError: the bytes do not have the index's checksum, or cannot be read; the slide
-                that they are in is gone, another, or unreadable there.
-            EosinError: the shard cannot be fetched.
+            RecordError: the bytes do not have the index's checksum, or the disk cannot read them;
+                the slide that they are in is another, or unreadable there.
+            EosinError: the shard cannot be fetched, or it or the slide cannot be opened.
         """
         if place.reference is not None:
-            return Payload(place, b"", self._read_slide(place))
+            return Payload(place, b"", self._read_slide(place, place.reference))
         return Payload(place, self._read(place), None)
 
     def decode(
@@ -166,6 +189,7 @@ class ShardReader:
 
         Raises:
             RecordError: see `fetch` and `decode`.
+            EosinError: see `fetch`.
         """
         return self.decode(self.payload(row), factor)
 
@@ -191,26 +215,66 @@ class ShardReader:
         if not (0 <= offset <= offset + size <= end and size <= MAX_BYTES):
             raise RecordError(f"{self.where(place)}: the shard ends within the record")
         try:
-            tar = self._tars.get(place.shard)  # held, or another thread may close it meanwhile
-            data = read_record(tar.number, offset, size)
-        except OSError as error:
-            raise RecordError(f"{self.where(place)}: {error.strerror}") from error
-        if len(data) != size:
+            return self._read_checked(place)
+        except RecordError:
+            if not self.index.store.discard(self.index.names[place.shard]):
+                raise
+        self._tars.drop(place.shard)
+        return self._read_checked(place)
+
+    def _read_checked(self, place: Place) -> bytes:
+        data = self._read_bytes(place)
+        if len(data) != place.size:
             raise RecordError(f"{self.where(place)}: the shard ends within the record")
         if xxhash.xxh3_128_digest(data) != place.checksum:
             raise RecordError(f"{self.where(place)}: checksum mismatch, the record is damaged")
         return data
 
-    def _read_slide(self, place: Place) -> NDArray[np.uint8]:
-        if place.reference is None:
-            raise RecordError(f"{self.where(place)}: the index does not say which slide it is of")
+    def _read_bytes(self, place: Place) -> bytes:
+        """What is read at the place of a record, after another attempt or two where it fails."""
+        waits_s = iter(RETRY_WAITS_S)
+        while True:
+            try:
+                tar = self._tars.get(place.shard)  # held, or another thread may close it meanwhile
+                return read_record(tar.number, place.offset, place.size)
+            except OSError as error:
+                self._tars.drop(place.shard)  # its server may know it no longer
+                wait_s = next(waits_s, None)
+                if wait_s is None and error.errno == errno.EIO:  # a bad sector
+                    raise RecordError(f"{self.where(place)}: {error.strerror}") from error
+                if wait_s is None:
+                    shard = self.index.store.where(self.index.names[place.shard])
+                    raise _unreadable(shard, str(error.strerror)) from error
+            time.sleep(wait_s)
+
+    def _read_slide(self, place: Place, reference: Mapping[str, Any]) -> NDArray[np.uint8]:
         slides: dict[str, SlidePool] = self._slides.__dict__  # of this thread
         if "pool" not in slides:
             slides["pool"] = SlidePool(self.max_open)
-        try:
-            return slides["pool"].read(place.reference)
-        except (RegionError, SlideError) as error:
-            raise RecordError(f"{self.where(place)}: {error}") from error
+        path, waits_s = reference["source_path"], iter(RETRY_WAITS_S)
+        while True:
+            try:
+                return slides["pool"].read(reference)
+            except (RegionError, SlideError, OSError) as error:
+                if not _may_come_back(path):
+                    raise RecordError(f"{self.where(place)}: {error}") from error
+                wait_s = next(waits_s, None)
+                if wait_s is None:
+                    raise _unreadable(path, str(error)) from error
+            time.sleep(wait_s)
+
+
+def _may_come_back(path: str) -> bool:
+    """Whether nothing can be opened at `path` now, but another time: no record is damaged."""
+    try:
+        return not os.access(path, os.R_OK) and len(path) < _LONGEST_PATH
+    except ValueError:  # a zero in the name: no file is ever there
+        return False
+
+
+def _unreadable(what: str, reason: str) -> EosinError:
+    n_tries = 1 + len(RETRY_WAITS_S)
+    return EosinError(printable(f"{what} cannot be read ({n_tries} attempts): {reason}"))
 
 
 class _OpenFile:
@@ -245,6 +309,11 @@ class _OpenFiles:
             while len(self._open) > self._max_open:
                 self._open.popitem(last=False)
         return file
+
+    def drop(self, shard: int) -> None:
+        """Lets go of a shard's tar: the next `get` opens it anew."""
+        with self._lock:
+            self._open.pop(shard, None)
 
     def close(self) -> None:
         """Lets go of all."""

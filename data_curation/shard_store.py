@@ -34,6 +34,9 @@ class ShardStore(Protocol):
     def open(self, name: str) -> int:
         """A descriptor of the shard `name` for reading; it may take the time to fetch it."""
 
+    def discard(self, name: str) -> bool:
+        """Removes a copy of the file `name` that was damaged; whether it is a copy at all."""
+
 
 class LocalFolder:
     """Shards in a folder of this machine.
@@ -74,6 +77,10 @@ class LocalFolder:
     def open(self, name: str) -> int:
         """A descriptor of the shard `name` for reading."""
         return os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+
+    def discard(self, name: str) -> bool:
+        """False: what lies here is no copy, and is left alone."""
+        return False
 
     def _check_sizes(self) -> None:
         """Compares the sizes in one pass over the folder, not with a look-up for each shard."""

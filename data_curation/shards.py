@@ -73,8 +73,8 @@ class ShardOptions:
     pixels: Pixels = "copy"
     """``copy``: tiles become images in tars. ``slides``: an index alone, whose records are read
     from the slides whenever they are needed: no second copy, but the slides must stay as they are,
-    reading is slower, and a region that cannot be decoded is found only then. Keys, shards and
-    order are the same. Readers keep 64 slides open: with more, a low `mix_slides` saves opening."""
+    reading is slower, and a region that cannot be decoded is found only then. But for such tiles,
+    keys, shards and order are the same. A low `mix_slides` saves opening slides again and again."""
     jpeg_quality: int = 90
     """Of tiles copied from slides, encoded 4:4:4; images that exist already keep their bytes."""
     seed: int = 0

@@ -19,8 +19,9 @@ import xxhash
 
 from eosin.configs.errors import EosinError, InputError
 from eosin.data_curation.energon_index import META_NAME
+from eosin.data_curation.index_file import MAX_CELL_BYTES
 from eosin.data_curation.manifest import INDEX, REFERENCE, open_table
-from eosin.data_curation.shard_index import MAX_CELL_BYTES, ShardIndex
+from eosin.data_curation.shard_index import ShardIndex
 from eosin.data_curation.shard_marker import (
     DESCRIBED,
     FAILED_NAME,

@@ -95,7 +95,8 @@ def normalise(planes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         float32 […, 3, H, W].
     """
     scale, shift = (part.view(3, 1, 1) for part in _affine(mean, std, planes.device))
-    return torch.addcmul(shift, planes.float(), scale)
+    levels = planes.float()
+    return torch.addcmul(shift, levels, scale, out=levels)
 
 
 def normalise_interleaved(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -103,7 +104,8 @@ def normalise_interleaved(pixels: Tensor, mean: Sequence[float], std: Sequence[f
     *_, width, channels = pixels.shape
     # A row of pixels as one long vector: three times faster than with an axis of three.
     scale, shift = (part.repeat(width) for part in _affine(mean, std, pixels.device))
-    rows = torch.addcmul(shift, pixels.flatten(-2).float(), scale)  # […, H, W · 3]
+    rows = pixels.flatten(-2).float()  # […, H, W · 3]
+    torch.addcmul(shift, rows, scale, out=rows)  # in place: a second one is as much memory again
     return rows.view(*rows.shape[:-1], width, channels).movedim(-1, -3)
 
 

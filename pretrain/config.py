@@ -139,6 +139,8 @@ class PretrainConfig:
                 raise ValueError(
                     f"{name}={size_px} is not a multiple of model.patch_px={self.model.patch_px}"
                 )
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed={self.seed} must be below 2^64")
         for name in ("seed", "threads", "group_size", "window_shards"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

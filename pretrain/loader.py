@@ -6,11 +6,12 @@ records and the errors that a user sees.
 
 import multiprocessing
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import torch
@@ -25,6 +26,9 @@ from eosin.pretrain.steps import BatchPlan, Steps
 SHARED_MEMORY = Path("/dev/shm")
 """Where batches cross from a worker to the trainer on Linux."""
 
+Made: TypeAlias = Generator[Batch | Exception, None, None]
+"""Batches as they are made, and what is expected to go wrong."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
@@ -35,24 +39,28 @@ class LoaderConfig:
     prefetch: int = 2
     """Batches that each worker holds ready."""
     max_damaged: float = 0.01
-    """Share of the records that may turn out to be damaged before the run stops. Until then the
-    next record in the epoch's order stands in for a damaged one."""
+    """Share of the records that may turn out to be damaged before the run stops, counted by each
+    rank from its start. Until then a record from elsewhere in the epoch stands in for each."""
     read_threads: int = 2
     """Threads of each process that read the records of the next batch; 0: none."""
     read_ahead_mb: int = 256
     """Bytes that they hold at most, for each process."""
     max_open: int = 128
-    """Shards, or slides, that each process holds open at most."""
-    cache: Path = Path("~/.cache/eosin/shards")
-    """Folder for copies of whole shards that lie in an object store; all processes of a machine
-    share it."""
+    """Shards that each process holds open at most; and slides, for each of its threads."""
+    index_cache_mb: int = 256
+    """Rows of the index that each process holds, in MB. A mixture that shows rare values often
+    reads all over the shards, and wants more."""
+    cache: Path | None = None
+    """Folder for copies of whole shards; needed where `shards` is a URL. On a local disk: all
+    processes of a machine share it, by file locks."""
     cache_gb: float = 500.0
-    """Size of that folder; the shards that were used longest ago make room."""
+    """Size of that folder; the shards that were opened longest ago make room. Those that a process
+    still holds open keep their space on the disk: give it more than `max_open` of them."""
 
     def __post_init__(self) -> None:
         for name, low in (
             *(("workers", 0), ("prefetch", 1), ("read_threads", 0)),
-            *(("read_ahead_mb", 1), ("max_open", 1)),
+            *(("read_ahead_mb", 1), ("max_open", 1), ("index_cache_mb", 1)),
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
@@ -67,9 +75,14 @@ def open_shards(shards: str | Path, loader: LoaderConfig) -> ShardReader:
 
     Raises:
         InputError: they are not finished, or one is missing or of another size.
+        ConfigError: the URL is none that is read, or has no cache.
     """
-    cache = CacheConfig(folder=loader.cache.expanduser(), max_gb=loader.cache_gb)
-    return ShardReader(shards, max_open=loader.max_open, cache=cache)
+    cache = None
+    if loader.cache is not None:
+        cache = CacheConfig(folder=loader.cache.expanduser(), max_gb=loader.cache_gb)
+    return ShardReader(
+        shards, cache=cache, max_open=loader.max_open, index_cache_mb=loader.index_cache_mb
+    )
 
 
 def batches(
@@ -107,26 +120,27 @@ def batches(
     )
     wanted = range(first_step, last_step)
     if loader.workers == 0:
-        made: Iterator[Batch | Exception] = _in_this_process(steps, wanted, pin)
+        made: Made = _in_this_process(steps, wanted, pin)
     else:
         _check_shared_memory(steps, loader)
         made = _from_workers(steps, loader, wanted, pin)
     return _within_budget(made, steps)
 
 
-def _within_budget(made: Iterator[Batch | Exception], steps: Steps) -> Iterator[Batch]:
+def _within_budget(made: Made, steps: Steps) -> Iterator[Batch]:
     """Passes batches on, each with its newly found damage, until there is more than allowed."""
     found: dict[int, str] = {}
-    for batch in made:
-        if isinstance(batch, Exception):
-            raise batch
-        new = {row: reason for row, reason in batch.damaged.items() if row not in found}
-        found |= new
-        steps.check_budget(found)
-        yield replace(batch, damaged=new)
+    with closing(made):  # or an error keeps the workers until garbage is collected
+        for batch in made:
+            if isinstance(batch, Exception):
+                raise batch
+            new = {row: reason for row, reason in batch.damaged.items() if row not in found}
+            found |= new
+            steps.check_budget(found)
+            yield replace(batch, damaged=new)
 
 
-def _in_this_process(steps: Steps, wanted: range, pin: bool) -> Iterator[Batch | Exception]:
+def _in_this_process(steps: Steps, wanted: range, pin: bool) -> Made:
     try:
         for step in wanted:
             batch = steps[step]
@@ -135,9 +149,7 @@ def _in_this_process(steps: Steps, wanted: range, pin: bool) -> Iterator[Batch |
         steps.close()
 
 
-def _from_workers(
-    steps: Steps, loader: LoaderConfig, wanted: range, pin: bool
-) -> Iterator[Batch | Exception]:
+def _from_workers(steps: Steps, loader: LoaderConfig, wanted: range, pin: bool) -> Made:
     iterator = iter(
         DataLoader(
             steps,

@@ -85,7 +85,8 @@ class Order:
     """The order of all epochs of a run.
 
     It holds a count a window and what `Passes` holds: 12 bytes for each stratum and shard that has
-    records of it, and as much again while a pass ends, beside the 8 bytes of `Strata.counts`.
+    records of it, and as much again for each further pass that a window shows of a stratum (400 MB
+    at most), beside the 8 bytes of `Strata.counts`.
 
     Raises:
         ConfigError: the weights leave a value out or name one that is none; a value with a weight
@@ -101,12 +102,13 @@ class Order:
         self._arguments = (strata, mixture, seed, window_shards)
         self._names, self._records = strata.names, strata.records
         self._tiles = _tiles(strata.names, self._records, mixture)  # [K], of an epoch
-        self._seed, self._passes = seed, Passes(strata.counts, seed)
+        self._seed = seed
         self.n = int(self._tiles.sum())
         """Positions in an epoch: the records of the strata that take part."""
         per_shard = strata.counts.sum(0, where=(self._tiles > 0)[:, None])
         used = np.count_nonzero(per_shard)  # shards with records that take part
         self._windows = math.ceil(used / window_shards) if window_shards else 1
+        self._passes = Passes(strata.counts, seed, self._tiles, self._windows)
         self._starts = self._window_starts()  # [windows + 1], positions
 
     def at(self, epoch: int, positions: ArrayLike) -> Places:

@@ -14,24 +14,43 @@ SHARD_STREAM = 0x7368617264
 """Keeps the shuffles of shards apart from every other use of the seed ("shard" in ASCII)."""
 
 SPARE_CELLS = 2**18
-"""Room for the passes of small strata, of which a window may hold many."""
+"""Room beyond what two windows take."""
+
+MAX_CELLS = 2**25
+"""Room at most (400 MB), unless two passes of each stratum take more."""
 
 
 class Passes:
     """Shard and rank of any record of any pass.
 
     A pass of a stratum is held as the count of its records before each shard that has some, in the
-    order of the pass: 12 bytes a shard. There is room for two passes of each stratum, so that a
-    stratum may be between two; what is full is emptied, and what is asked for is made again, by
-    sorting the stratum's shards (about 0.1 ms for 10,000). Not for several threads at once.
+    order of the pass: 12 bytes a shard. There is room for all passes that two neighbouring windows
+    touch: two of a stratum, and more of one that is seen often. What is full is emptied, and what
+    is asked for is made again, by sorting the stratum's shards (about 0.5 ms for 10,000). Not for
+    several threads at once.
+
+    Args:
+        counts: int64 [K, S], records of a stratum in a shard.
+        seed: of the run.
+        tiles: int64 [K], records of each stratum that an epoch takes; its records where not given.
+        windows: that an epoch is cut into.
     """
 
-    def __init__(self, counts: NDArray[np.int64], seed: int) -> None:
-        """`counts`: int64 [K, S], records of a stratum in a shard."""
+    def __init__(
+        self,
+        counts: NDArray[np.int64],
+        seed: int,
+        tiles: NDArray[np.int64] | None = None,
+        windows: int = 1,
+    ) -> None:
         self._counts, self._key = counts, seed_key(seed, SHARD_STREAM)
         self._records = counts.sum(1, dtype=np.int64)  # [K]
         self._shards = np.count_nonzero(counts, axis=1)  # [K], with records of the stratum
-        self._room = 2 * int(self._shards.sum()) + SPARE_CELLS
+        least = 2 * int(self._shards.sum())
+        span = 2 * -(-(self._records if tiles is None else tiles) // windows)  # ranks, of a stratum
+        touched = (span + self._records - 2) // np.maximum(self._records, 1) + 1  # passes, at most
+        wanted = int((touched * self._shards).sum())
+        self._room = max(least, min(wanted, MAX_CELLS)) + SPARE_CELLS
         self._starts = np.empty(self._room, np.int64)  # running over all passes that are held
         self._shard = np.empty(self._room, np.int32)
         self._used, self._base = 0, 0  # cells, and records in them

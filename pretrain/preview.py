@@ -18,7 +18,7 @@ from eosin.launch.artefacts import replacing
 from eosin.pretrain.order import locate
 from eosin.pretrain.render import render_view
 from eosin.pretrain.steps import BatchPlan, Steps
-from eosin.pretrain.views import View, draw_views
+from eosin.pretrain.views import View, decode_factor, draw_views
 
 MAX_LOCALS = 6
 """Local crops that are shown of each tile."""
@@ -26,10 +26,13 @@ MAX_LOCALS = 6
 TILES = 8
 """Tiles that are shown."""
 
+MAX_DAMAGED = 100
+"""Tiles that may be damaged before the preview gives up."""
+
 CELL_INCH = 1.55
 """Side of a picture; at `DPI`, a global crop of 224 px is shown at about its own size."""
 
-CAPTION_INCH = 0.5
+CAPTION_INCH = 0.6
 DPI = 144
 
 
@@ -46,8 +49,9 @@ class Shown(NamedTuple):
 def preview(reader: ShardReader, plan: BatchPlan, path: Path, n: int = TILES) -> None:
     """Draws the first tiles of the training, a row each: the tile, its global and local crops.
 
-    They are the very crops that the training takes, with what was drawn for each beneath it. With
-    several resolutions each row is of another step, so that all of them come up.
+    They are crops that the training takes, with what was drawn for each beneath them; damaged tiles
+    are passed over. With several resolutions each row is cut as another step would cut it, so that
+    all of them come up.
 
     Args:
         reader: of the shards.
@@ -86,7 +90,7 @@ def first_tiles(reader: ShardReader, plan: BatchPlan, n: int) -> list[Shown]:
     shown: list[Shown] = []
     problems: list[str] = []
     for place in count():
-        if len(shown) == n or place == steps.order.n:
+        if len(shown) == n or place == steps.order.n or len(problems) == MAX_DAMAGED:
             break
         # A place stands in the step that the training takes it in; with several resolutions a row
         # is shown as its own step would cut it.
@@ -94,25 +98,26 @@ def first_tiles(reader: ShardReader, plan: BatchPlan, n: int) -> list[Shown]:
         augment = plan.augment_of(step)
         epochs, positions = locate(place, 1, steps.order.n)
         row = int(steps.rows_at(0, positions)[0])
+        indexed = np.array([row])
+        mpp, hw = reader.index.mpp(indexed), reader.index.hw(indexed)
+        drawn = draw_views(augment, plan.seed, epochs, positions, hw, mpp)
+        factor = int(decode_factor(augment, drawn)[0])
         try:
-            tile = reader.image(row)
+            tile, decoded = reader.image(row), reader.image(row, factor)
         except RecordError as error:
             problems.append(str(error))
             continue
-        mpp = reader.index.mpp(np.array([row]))
-        hw = np.array([tile.shape[:2]], np.int32)
-        drawn = draw_views(augment, plan.seed, epochs, positions, hw, mpp)
         wanted = augment.n_global + min(augment.n_local, MAX_LOCALS)
-        sizes = [augment.global_px] * augment.n_global + [augment.local_px] * augment.n_local
-        views = [drawn.at(0, index, sizes[index]) for index in range(wanted)]
-        shown.append(Shown(tile, float(mpp[0]), views, [render_view(tile, v) for v in views]))
+        views = drawn.of_tile(0, augment.sizes_px)[:wanted]
+        crops = [render_view(decoded, view, factor) for view in views]
+        shown.append(Shown(tile, float(mpp[0]), views, crops))
     if not shown:
         raise EosinError(f"no tile can be shown: {problems[0]}")
     return shown
 
 
 def describe(view: View, mpp: float) -> str:
-    """What was done, in three short lines: geometry and sharpness, stain, colour."""
+    """What was done, in short lines: geometry and sharpness, stains, colour."""
     shrunk = math.sqrt(view.width_px * view.height_px) / view.size_px
     first = [f"×{shrunk:.2f}" if math.isnan(mpp) else f"{mpp * shrunk:.2f} µm/px"]
     if view.flip:
@@ -121,23 +126,23 @@ def describe(view: View, mpp: float) -> str:
         first.append(f"{90 * view.quarter_turns}°")
     if view.blur_sigma_px:
         first.append(f"blur {view.blur_sigma_px:.1f}")
-    second = []
-    if view.stain:
-        second.append("template")
+    stains = [_triple("template", view.stain_mean)] if view.stain else []
     if view.hed:
-        second.append("HED " + " ".join(f"{factor:.2f}" for factor in view.hed_factor))
-    third = []
+        stains += [_triple("HED ×", view.hed_factor), _triple("HED", view.hed_shift, "+.2f")]
+    colours = []
     if view.jitter:
-        third.append(f"b{view.brightness:.2f} c{view.contrast:.2f}")
+        colours.append(f"b{view.brightness:.2f} c{view.contrast:.2f}")
         if not view.grey:
-            third.append(f"s{view.saturation:.2f} h{360 * view.hue_turns:+.0f}°")
+            colours.append(f"s{view.saturation:.2f} h{360 * view.hue_turns:+.0f}°")
     if view.grey:
-        third.append("grey")
+        colours.append("grey")
     if view.solarize:
-        third.append("solarized")
-    return "\n".join(
-        (" · ".join(first), " · ".join(second) or "own stain", " ".join(third) or "own colour")
-    )
+        colours.append("solarized")
+    return "\n".join((" · ".join(first), *stains, " ".join(colours) or "own colour"))
+
+
+def _triple(name: str, values: tuple[float, float, float], form: str = ".2f") -> str:
+    return f"{name} " + " ".join(format(value, form) for value in values)
 
 
 def _show(axes: Axes, image: NDArray[np.uint8], caption: str) -> None:

@@ -1,7 +1,7 @@
 """``eosin stain``: the stain templates of a data set, fitted to a sample of its tiles."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from eosin.configs.load import to_yaml
 from eosin.data_curation.shard_reader import RecordError, ShardReader
 from eosin.launch.artefacts import write_text
 from eosin.launch.progress import Meter
+from eosin.pretrain.loader import LoaderConfig, open_shards
 from eosin.pretrain.stain import StainTemplateConfig, fit_stain_template
 
 
@@ -20,7 +21,9 @@ class StainFitConfig:
     """Fits `augment.stain` to shards."""
 
     shards: str
-    """The folder that `eosin shard` wrote, or its URL."""
+    """The folder that `eosin shard` wrote, or its URL (with `loader.cache`)."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How shards are opened."""
     n: int = 2000
     """Tiles that are measured, or all where there are fewer. A standard deviation is then known to
     1/sqrt(2 n), which is 1.6 %."""
@@ -60,7 +63,7 @@ def fit_stain(config: StainFitConfig) -> None:
             are readable, or one stain does not vary within them.
         ConfigError: see `shard_store.open_store`.
     """
-    with ShardReader(config.shards) as reader:
+    with open_shards(config.shards, config.loader) as reader:
         rows = sample_rows(len(reader), config.n, config.seed)
         with Meter("stain", len(rows), "tiles") as meter:
             try:

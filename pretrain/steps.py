@@ -4,9 +4,10 @@ There is no loader state but the step: a resumed run asks for another first step
 place of the order, and what is drawn for it, depends on no rank, worker, batch or read-ahead.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from torch.utils.data import Dataset, get_worker_info
 from eosin.configs.errors import ConfigError, EosinError
 from eosin.data_curation.read_ahead import ReadAhead
 from eosin.data_curation.shard_reader import RecordError, ShardReader
-from eosin.pretrain.augment import AugmentConfig
+from eosin.launch.artefacts import stamp_of
+from eosin.pretrain.augment import AugmentConfig, Resolution
 from eosin.pretrain.batch import Batch, Crops, Tiles
 from eosin.pretrain.masking import MaskConfig, draw_masks
 from eosin.pretrain.order import MixtureConfig, Order, locate
@@ -41,7 +43,8 @@ class BatchPlan:
     patch_px: int = 16
     """Side of a patch."""
     group_size: int = 0
-    """Tiles that share a draw of masks; 0: all of a step. A group never spans two ranks."""
+    """Tiles that share a draw of masks; 0: all of a step. A group never spans two ranks, so with
+    several ranks it must be set, and the draws do not depend on how many they are."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """Shares of the strata."""
     window_shards: int = 64
@@ -63,7 +66,7 @@ class BatchPlan:
     @property
     def group(self) -> int:
         """Tiles in a group."""
-        return self.group_size or self.batch_size // self.world
+        return self.group_size or self.batch_size
 
     @property
     def local_batch(self) -> int:
@@ -111,7 +114,8 @@ class Steps(Dataset[Batch | Exception]):
         last_step: nothing is read ahead for it and those after it.
 
     Raises:
-        ConfigError: there are fewer tiles than a batch takes, or the mixture does not fit them.
+        ConfigError: there are fewer tiles than a batch takes, a tile is too small for a zoom, or
+            the mixture does not fit the index.
         InputError: the index has no such column as the mixture names.
     """
 
@@ -133,6 +137,12 @@ class Steps(Dataset[Batch | Exception]):
                 f"{reader.shards} holds {self.order.n} tiles, fewer than one batch of "
                 f"{plan.batch_size}: make shards of more tiles, or lower batch_size"
             )
+        _check_zoom(reader, plan.augment)
+        depended_on = [strata.digest] if plan.mixture.column else []
+        if plan.augment.mpp is not None:
+            depended_on.append(reader.index.strata("mpp").digest)
+        self.digest = stamp_of(of=[reader.digest, *depended_on]) if depended_on else reader.digest
+        """Names the shards, and the columns of the index that order and crops depend on."""
         self.allowed = math.floor(max_damaged * self.order.n)
         """Records that may be damaged."""
         self._ahead_of = (read_threads, read_ahead_mb * 1_000_000)
@@ -144,6 +154,7 @@ class Steps(Dataset[Batch | Exception]):
         try:
             return self._make(step)
         except (EosinError, OSError) as error:
+            self._end_ahead()
             return error
 
     def __getstate__(self) -> dict[str, object]:
@@ -151,11 +162,14 @@ class Steps(Dataset[Batch | Exception]):
 
     def close(self) -> None:
         """Ends the threads that read ahead, and closes the shards."""
+        self._end_ahead()
+        self.reader.close()
+
+    def _end_ahead(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
-            self._ahead = None
-            self._wanted.clear()
-        self.reader.close()
+        self._ahead = None
+        self._wanted.clear()
 
     def check_budget(self, damaged: Mapping[int, str]) -> None:
         """Raises `EosinError` where more records are damaged than are allowed."""
@@ -167,11 +181,10 @@ class Steps(Dataset[Batch | Exception]):
             )
 
     def largest_batch_bytes(self) -> int:
-        """Bytes of pixels in a batch, at most; of tiles, as the first few hundred are."""
+        """Bytes of pixels in a batch, at most."""
         augment, size = self.plan.augment, self.plan.local_batch
         if augment.render == "device":
-            hw = self.reader.index.hw(np.arange(min(len(self.reader), 256)))
-            return int(3 * size * np.prod(hw.max(0), dtype=np.int64))
+            return 3 * size * math.prod(self.reader.index.largest_hw())
         sizes = [(augment.global_px, augment.local_px)]
         sizes += [(r.global_px, r.local_px) for r in augment.resolutions]
         pixels = (augment.n_global * big**2 + augment.n_local * small**2 for big, small in sizes)
@@ -201,13 +214,10 @@ class Steps(Dataset[Batch | Exception]):
 
     def _begin(self, step: int) -> NDArray[np.int64]:
         """The rows of a step, being read; so are those of the next step that comes here."""
-        if self._ahead is None:
-            self._ahead = ReadAhead(self.reader, *self._ahead_of)
         rows = self._wanted.pop(step, None)
-        if rows is None:  # not the step that was expected
-            self._ahead.close()
+        if self._ahead is None or rows is None:  # the first step, or not the one that was expected
+            self._end_ahead()
             self._ahead = ReadAhead(self.reader, *self._ahead_of)
-            self._wanted.clear()
             rows = self.rows_of(step)
             self._ahead.want(rows)
         worker = get_worker_info()
@@ -240,16 +250,15 @@ class Steps(Dataset[Batch | Exception]):
         augment = work.augment
         height, width = work.decoded_hw.max(0).tolist()
         pixels = _shared(len(work.rows), height, width, 3)
-        if (work.decoded_hw != (height, width)).any():
-            pixels.zero_()  # nobody looks at what is beside a smaller tile; equal batches are equal
         for sample in range(len(work.rows)):
             whole = pixels.numpy()[sample]
             fits = bool((work.decoded_hw[sample] == whole.shape[:2]).all())
             tile = self._decode(work, sample, whole if fits else None)
-            if tile is not whole:
+            if not np.may_share_memory(tile, whole):
                 h, w = tile.shape[:2]
                 if h > pixels.shape[1] or w > pixels.shape[2]:  # it stands in for a damaged one
                     pixels = _grown(pixels, max(h, pixels.shape[1]), max(w, pixels.shape[2]))
+                pixels[sample].zero_()
                 pixels.numpy()[sample, :h, :w] = tile
         parameters = pack_views(work.views, work.factor, work.decoded_hw)
         sizes = (augment.n_global, augment.global_px), (augment.n_local, augment.local_px)
@@ -258,15 +267,16 @@ class Steps(Dataset[Batch | Exception]):
     def _decode(
         self, work: "_Work", sample: int, out: NDArray[np.uint8] | None
     ) -> NDArray[np.uint8]:
-        """The tile of a sample, or the next in the order that is whole; notes the damaged ones.
+        """The tile of a sample, or one that stands in for it; notes the damaged ones.
 
-        It is written into `out` and returned as `out` where the shape is that of `out`.
+        Whole tiles are looked for from half an epoch further on, for the neighbours in the order
+        are mostly in this very batch. The tile lies in `out` where that has its shape.
         """
         assert self._ahead is not None
         row, epoch = int(work.rows[sample]), int(work.epochs[sample])
-        position = int(work.positions[sample])
+        n, position = self.order.n, int(work.positions[sample])
         payload = self._ahead.take(row)
-        while True:
+        for further in itertools.count(n // 2):
             shape = (*work.decoded_hw[sample].tolist(), 3)
             fits = out is not None and out.shape == shape
             try:
@@ -275,14 +285,16 @@ class Steps(Dataset[Batch | Exception]):
                 return self.reader.decode(payload, int(work.factor[sample]), out if fits else None)
             except RecordError as error:
                 work.damaged[row] = str(error)
-            self.check_budget(work.damaged)  # ends at the latest when all are damaged
-            position = (position + 1) % self.order.n
-            row = int(self.rows_at(epoch, np.array([position]))[0])
+            self.check_budget(work.damaged)
+            if further - n // 2 > self.allowed:  # in a mixture few records may come over and over
+                raise EosinError(f"{work.damaged[row]}; none that was tried instead is whole")
+            row = int(self.rows_at(epoch, np.array([(position + further) % n]))[0])
             work.put(sample, row)
             try:
                 payload = self.reader.payload(row)
             except RecordError as error:
                 payload = error
+        raise AssertionError("the loop has no end")
 
 
 class _Work:
@@ -318,6 +330,18 @@ class _Work:
         )
         factor = decode_factor(self.augment, views)
         return views, factor, -(-hw // factor[:, None])
+
+
+def _check_zoom(reader: ShardReader, augment: AugmentConfig) -> None:
+    """Refuses a zoom at once that some tile cannot hold, not at the step that meets the tile."""
+    if augment.global_zoom is None and augment.local_zoom is None:
+        return
+    kinds = np.array(reader.index.tile_kinds(), np.float64)  # [K, 3]
+    zeros = np.zeros(len(kinds), np.int64)
+    own = Resolution(global_px=augment.global_px, local_px=augment.local_px, share=1)
+    for sizes in augment.resolutions or [own]:
+        one = replace(augment, global_px=sizes.global_px, local_px=sizes.local_px, resolutions=[])
+        draw_views(one, 0, zeros, zeros, kinds[:, :2].astype(np.int64), kinds[:, 2])
 
 
 def _shared(*shape: int) -> Tensor:

@@ -35,6 +35,9 @@ from eosin.pretrain.prototype_kernels import choose_kernels
 from eosin.pretrain.step_guard import StepGuard
 from eosin.pretrain.steps import Steps
 
+DAMAGED_LINES = 20
+"""Damaged records that are named; the count of all is in metrics.jsonl."""
+
 MIXTURE_LINES = 20
 """Of a mixture's strata that are shown."""
 
@@ -63,7 +66,7 @@ def mixture_lines(order: Order, column: str) -> str:
     """How often an epoch shows the tiles of each stratum; nothing where there is no mixture."""
     rows = order.describe() if column else []
     lines = [
-        f"{column}={row.name or 'null'}: {row.records} records, {row.tiles / order.n:.1%} of the "
+        f"{column}={row.name!r}: {row.records} records, {row.tiles / order.n:.1%} of the "
         f"tiles, each {row.times_seen:.2f} times an epoch\n"
         for row in sorted(rows, key=lambda row: -row.tiles)
     ]
@@ -88,7 +91,8 @@ def pretrain(config: PretrainConfig) -> None:
         return
     if list_checkpoints(config.out / "checkpoints"):
         check_unchanged(config.out, config, MAY_CHANGE)
-    stamp = stamp_of(index=reader.digest, steps=config.steps)
+    data = Steps(reader, config.batch_plan)
+    stamp = stamp_of(index=data.digest, steps=config.steps)
     encoder = config.out / "encoder"
     if is_done(config.out / "done.json", stamp) and (encoder / CHECKSUMS).is_file():
         print(f"{config.out} is finished; nothing to do")
@@ -98,10 +102,12 @@ def pretrain(config: PretrainConfig) -> None:
     dtype = choose_precision(config.precision, device)
     model, choices = build_model(config, device, dtype)
     optimizer = build_optimizer(model.student, config.model.depth, config.optim)
-    state = resume(config, model, optimizer, reader)
+    state = resume(config, model, optimizer, data)
     record_run(config.out, config)
     print(f"{choices}, {len(reader)} records, step {state.step} of {config.steps}")
-    print(mixture_lines(Steps(reader, config.batch_plan).order, config.mixture.column), end="")
+    if config.augment.render == "device" and device.type == "cpu":
+        print("warning: augment.render=device without a GPU costs ten times what workers take")
+    print(mixture_lines(data.order, config.mixture.column), end="")
     train(config, reader, model, optimizer, state, device, dtype)
     from eosin.launch.curves import loss_curves  # here: drawing takes seconds to import
 
@@ -137,7 +143,7 @@ def build_model(
 
 
 def resume(
-    config: PretrainConfig, model: Distiller, optimizer: torch.optim.Optimizer, reader: ShardReader
+    config: PretrainConfig, model: Distiller, optimizer: torch.optim.Optimizer, data: Steps
 ) -> TrainState:
     """Loads the newest whole checkpoint; the state of step 0 where there is none.
 
@@ -149,11 +155,13 @@ def resume(
     for line in passed_over:
         print(f"passed over a damaged checkpoint: {line}")
     if state is None:
-        return TrainState(0, 0, reader.digest, reader.index.single_mpp())
-    if state.index_digest != reader.digest:
+        mpp = data.reader.index.single_mpp() if config.augment.mpp is None else config.augment.mpp
+        return TrainState(0, 0, data.digest, mpp)
+    if state.index_digest != data.digest:
         raise ConfigError(
-            f"{config.out} was trained on other shards (digest {state.index_digest}) than "
-            f"{config.shards} holds ({reader.digest}); give it those, or another out="
+            f"{config.out} was trained on other shards, or other columns of their index (digest "
+            f"{state.index_digest}), than {config.shards} holds ({data.digest}); give it those, "
+            "or another out="
         )
     return state
 
@@ -185,7 +193,7 @@ def train(
         terms=Losses._fields,
         modules=list(parts),
     )
-    clock, inputs = Clock(), Inputs(device, config.mean, config.std)
+    clock, inputs, damaged = Clock(), Inputs(device, config.mean, config.std), 0
     tiles, done_tiles = config.steps * config.batch_size, state.step * config.batch_size
     with (
         Metrics(config.out, state.step + 1, config.wandb, config) as metrics,
@@ -193,7 +201,9 @@ def train(
     ):
         for batch in clock.waiting(stream):
             for reason in batch.damaged.values():
-                print(f"warning at step {batch.step}: {reason}; another record stands in for it")
+                damaged += 1
+                if damaged <= DAMAGED_LINES:
+                    print(f"warning at step {batch.step}: {reason}; another stands in for it")
             rates = Rates.at(config, batch.step)
             if gram_refresh_due(batch.step, config.objective.gram):
                 model.refresh_gram_teacher()
@@ -218,6 +228,7 @@ def train(
                     for alarm in health.alarms():
                         print(f"warning at step {done}: {alarm}")
                 values = {"loss": look.values["total"], **step_values(config, look.values, rates)}
+                values |= {"damaged": float(damaged)} if damaged else {}
                 metrics.write(done, values | health.values() | clock.lap(config.batch_size))
                 meter.note = f"loss {values['loss']:.3f}"
             meter.advance(config.batch_size, meter.note)

@@ -86,6 +86,9 @@ def check_case(case: Case, result: Result) -> None:
     if case.expect == "refused":
         for door in ("reader", *LOADERS):
             assert case.name in result[door].get("refused", ""), f"{door}: {result[door]}"
+    elif case.expect == "ended":
+        for door in ("reader", *LOADERS):
+            assert "cannot be read (3 attempts)" in result[door].get("failed", ""), result[door]
     elif case.expect == "lost" and "named" not in reader:
         assert all("named" not in result[door] for door in LOADERS)
     else:

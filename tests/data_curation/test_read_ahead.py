@@ -11,6 +11,7 @@ import pytest
 import simplejpeg
 
 from eosin.configs.errors import EosinError
+from eosin.data_curation import read_ahead
 from eosin.data_curation.read_ahead import ReadAhead
 from eosin.data_curation.shard_index import Place
 from eosin.data_curation.shard_reader import Payload, RecordError, ShardReader
@@ -165,3 +166,11 @@ def test_only_what_was_wanted_can_be_taken_and_in_that_order(
         ReadAhead(reader, -1, 1)
     with pytest.raises(ValueError, match="max_bytes must be positive, not 0"):
         ReadAhead(reader, 1, 0)
+
+
+def test_what_points_nowhere_counts_as_its_bytes(reader: ShardReader) -> None:
+    place = reader.index.locate(3)
+    pixels = 3 * place.height_px * place.width_px
+    lying = place._replace(suffix="slide")
+    assert read_ahead._n_bytes(lying) == read_ahead._n_bytes(place) == place.size != pixels
+    assert read_ahead._n_bytes(place._replace(reference={}, size=0)) == pixels

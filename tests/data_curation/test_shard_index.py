@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,9 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from numpy.typing import NDArray
 
 from eosin.configs.errors import InputError
+from eosin.data_curation import shard_index, strata
+from eosin.data_curation.index_file import IndexFile
 from eosin.data_curation.manifest import INDEX, write_table
 from eosin.data_curation.shard_index import ShardIndex, write_index
 from eosin.data_curation.shard_store import open_store
@@ -26,7 +30,9 @@ class Places(NamedTuple):
     rank: NDArray[np.int64]
 
 
-def part(number: int, n: int, mpp: float | None = 0.5, **columns: list[Any]) -> pa.Table:
+def part(
+    number: int, n: int, mpp: float | list[Any] | None = 0.5, **columns: list[Any]
+) -> pa.Table:
     """Rows of a shard, each cell another."""
     rng = np.random.default_rng(number)
     values: dict[str, Any] = {
@@ -40,7 +46,7 @@ def part(number: int, n: int, mpp: float | None = 0.5, **columns: list[Any]) -> 
         "height_px": [100 + number for _ in range(n)],
         "group": ["g"] * n,
         "slide_id": [None] * n,
-        "mpp": [mpp] * n,
+        "mpp": mpp if isinstance(mpp, list) else [mpp] * n,
         "cluster": [None] * n,
         "stain": ["H&E"] * n,
         **columns,
@@ -158,6 +164,98 @@ def test_strata_and_their_rows_agree_with_a_loop(folder: Path) -> None:
     assert index.rows_at("", asked).tolist() == [11, 13]
     with pytest.raises(InputError, match=r"no column 'organs'; there are: shard, key, .*organ"):
         index.strata("organs")
+
+
+def digest_of(folder: Path, column: str) -> str:
+    """The digest of the strata, record by record."""
+    numbers, names = [], []
+    for value in ShardIndex(open_store(folder)).table()[column].to_pylist():
+        names += [value or ""] if (value or "") not in names else []
+        numbers.append(names.index(value or ""))
+    cells = np.array(numbers, "<i4").tobytes()
+    return xxhash.xxh3_128_hexdigest(cells + json.dumps([column, names]).encode())
+
+
+def test_strata_are_counted_once_and_know_which_record_has_which_value(folder: Path) -> None:
+    index = ShardIndex(open_store(folder))
+    found = index.strata("organ")
+    assert index.strata("organ") is found and index.strata("") is index.strata("")
+    assert found.digest == digest_of(folder, "organ") and index.strata("").digest == ""
+    assert index.strata("suffix").digest == digest_of(folder, "suffix") != found.digest
+    # Two records of a shard change places: the counts do not tell.
+    parts = organ_parts()
+    cells = parts[4]["organ"].to_pylist()
+    other = next(n for n, cell in enumerate(cells) if cell != cells[0])
+    cells[0], cells[other] = cells[other], cells[0]
+    parts[4] = part(4, 12, organ=pa.array(cells, pa.string()))
+    write_index(parts, folder / "index.parquet")
+    changed = ShardIndex(open_store(folder)).strata("organ")
+    assert changed.names == found.names and (changed.counts == found.counts).all()
+    assert changed.digest == digest_of(folder, "organ") != found.digest
+    # A process that knows the values of before finds another: refused, not taken for the first.
+    parts[4] = part(4, 12, organ=pa.array(["liver"] * 12, pa.string()))
+    write_index(parts, folder / "index.parquet")
+    there, one = copy.copy(index), np.ones(1, int)
+    assert there.rows_at("organ", Places(0 * one, 2 * one, 0 * one)).size
+    with pytest.raises(InputError, match=r"damaged \(organ 'liver' was not there at the start\)"):
+        there.rows_at("organ", Places(0 * one, 4 * one, 0 * one))
+
+
+def test_more_values_than_memory_holds_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strata, "MAX_CELLS", 5 * 6)
+    index = ShardIndex(open_store(folder))
+    assert len(index.strata("organ").names) == 4
+    with pytest.raises(InputError, match=r"column 'key' has 12 values or more in 5 shards.*group"):
+        index.strata("key")
+
+
+def test_cells_that_unfold_to_far_too_much_are_refused_by_every_way(tmp_path: Path) -> None:
+    parts = [part(0, 2, note=["", ""]), part(1, 3, note=["x" * 1_000_000, "", ""])]
+    folder = write_folder(tmp_path / "shards", parts)
+    write_index(parts, folder / "index.parquet")
+    index = ShardIndex(open_store(folder))
+    for way in (index.table, lambda: index.strata("note")):
+        with pytest.raises(InputError, match=r"is damaged \(\d+ bytes for 3 rows\)"):
+            way()
+    assert index.locate(4).size == 102  # the rest is still read
+
+
+@pytest.mark.parametrize("footer", [True, False])
+def test_the_kinds_of_tiles_are_those_of_a_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, footer: bool
+) -> None:
+    if not footer:  # an index of before
+        monkeypatch.setattr(shard_index, "_BOUNDED", ["shard", "mpp"])
+    alike = {"width_px": [256] * 4, "height_px": [224] * 4}
+    odd = {"width_px": [300, 20, 0, 10**9], "height_px": [200, 90, 5, 10**9]}
+    parts = [
+        part(0, 4, None, **alike),
+        part(1, 0),
+        part(2, 4, 0.25, **odd),
+        part(3, 4, 0.5, **alike),
+        part(4, 4, [0.5, None, 0.5, math.nan], **alike),
+    ]
+    folder = write_folder(tmp_path / "shards", parts)
+    write_index(parts, folder / "index.parquet")
+    index, read = ShardIndex(open_store(folder)), list[int]()
+    plain = IndexFile.read
+    monkeypatch.setattr(
+        IndexFile, "read", lambda self, s, c: (read.append(s), plain(self, s, c))[1]
+    )
+    expected = {
+        (*(size), None if math.isnan(mpp) else mpp)
+        for size, mpp in zip(index.hw(range(16)).tolist(), index.mpp(range(16)), strict=True)
+    }
+    assert (1, 1, 0.25) in expected and len(expected) == 5
+    read.clear()
+    found = index.tile_kinds()
+    assert {(h, w, None if math.isnan(m) else m) for h, w, m in found} == expected
+    assert len(found) == 5 and index.tile_kinds() == found
+    assert read == ([2, 4] if footer else [0, 2, 3, 4])
+    assert ShardIndex(open_store(folder)).largest_hw() == (224, 300)
+    assert read == ([2, 4, 2] if footer else [0, 2, 3, 4, 0, 2, 3, 4])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Records decoded at a fraction of their size, into place, and never for what they are not."""
 
+import copy
+import errno
 import io
 import os
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from eosin.configs.errors import EosinError
+from eosin.data_curation import shard_reader
 from eosin.data_curation.codec import ImageError, decode_image, reduce_pixels
 from eosin.data_curation.manifest import INDEX, REFERENCE
 from eosin.data_curation.read_ahead import ReadAhead
@@ -147,7 +151,7 @@ def rewrite(shards: Path, row: int, **cells: object) -> None:
         ({"checksum": "0" * 32}, "checksum mismatch"),
         ({"checksum": "no hash"}, "checksum mismatch"),
         ({"suffix": "pkl"}, "'pkl' is no kind of tile image"),
-        ({"suffix": "slide"}, "the index does not say which slide"),
+        ({"suffix": "slide"}, "'slide' is no kind of tile image"),
         ({"height_px": 10**9}, "pixels where the index says"),
         ({"width_px": -1}, "pixels where the index says"),
         ({"width_px": 50}, "pixels where the index says"),
@@ -162,6 +166,74 @@ def test_a_row_that_lies_is_one_damaged_record(
         with pytest.raises(RecordError, match=f"000000.tar, record '{key}': .*{what}"):
             reader.image(2)
         assert all(reader.image(row).size for row in range(10) if row != 2)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What is waited, in seconds, in no time."""
+    waited: list[float] = []
+    monkeypatch.setattr(shard_reader.time, "sleep", waited.append)
+    return waited
+
+
+def test_what_cannot_be_read_for_a_moment_is_no_damage(
+    shards: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, failures, descriptors = shard_reader.read_record, list[int](), list[int]()
+
+    def flaky(descriptor: int, offset: int, size: int) -> bytes:
+        descriptors.append(descriptor)
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)))
+        return plain(descriptor, offset, size)
+
+    monkeypatch.setattr(shard_reader, "read_record", flaky)
+    with ShardReader(shards) as reader:
+        expected, opened = reader.read(1), list[str]()
+        plain_open = type(reader.index.store).open
+        monkeypatch.setattr(
+            type(reader.index.store),
+            "open",
+            lambda self, name: (opened.append(name), plain_open(self, name))[1],
+        )
+        failures[:] = [errno.ESTALE, errno.EIO]
+        assert reader.read(1) == expected and waits == [0.5, 2.0]
+        assert opened == ["000000.tar"] * 2  # a descriptor that has failed is not used again
+        failures[:] = [errno.ESTALE] * 3
+        with pytest.raises(
+            EosinError, match=r"000000.tar cannot be read \(3 attempts\): Stale"
+        ) as e:
+            reader.read(1)
+        assert not isinstance(e.value, RecordError)
+        failures[:] = [errno.EIO] * 3  # a bad sector
+        with pytest.raises(RecordError, match=r"000000.tar, record '\d+': Input/output"):
+            reader.read(1)
+        assert reader.read(1) == expected
+        reader.close()
+        (shards / "000000.tar").rename(shards / "away.tar")
+        with pytest.raises(EosinError, match=r"000000.tar cannot be read .*: No such file") as e:
+            reader.read(1)
+        assert not isinstance(e.value, RecordError)
+
+
+def test_the_bound_of_the_index_goes_along_to_other_processes(shards: Path) -> None:
+    with ShardReader(shards, index_cache_mb=1e-6) as reader:
+        there = copy.deepcopy(reader)  # by its arguments, as it is sent
+        assert there.index is not reader.index and there.index.cache_mb == 1e-6
+        for row in (0, 9, 5):
+            assert there.read(row) == reader.read(row)
+            assert len(reader.index._blocks) == 1  # another shard's rows have gone
+
+
+def test_short_reads_are_read_on(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ShardReader(shards) as reader:
+        expected = [reader.read(row) for row in range(10)]
+        plain = os.pread
+        monkeypatch.setattr(os, "pread", lambda number, n, at: plain(number, min(n, 100), at))
+        assert [reader.read(row) for row in range(10)] == expected
+        with (shards / "000000.tar").open("rb") as tar:
+            end = (shards / "000000.tar").stat().st_size
+            assert len(shard_reader.read_record(tar.fileno(), end - 250, 1000)) == 250
 
 
 def write_pointing(folder: Path, slides: list[Path]) -> Path:
@@ -217,3 +289,28 @@ def test_records_that_point_into_slides_are_read_from_them_in_any_thread(
         os.utime(slide_path, ns=(1, 1))
         with pytest.raises(RecordError, match=rf"record '{rows[3]['key']}': .* changed since"):
             reader.image(3)
+
+
+def test_a_slide_that_is_away_is_waited_for_and_ends_the_run(
+    tmp_path: Path,
+    write_slide: Callable[..., Path],
+    tissue_pixels: NDArray[np.uint8],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slide, away = write_slide(tmp_path / "0.tiff", [tissue_pixels], mpp=(0.5, 0.5)), tmp_path / "x"
+    with ShardReader(write_pointing(tmp_path / "shards", [slide])) as reader:
+        expected = reader.image(0)
+        reader.close()
+        slide.rename(away)
+        waits: list[float] = []
+        monkeypatch.setattr(shard_reader.time, "sleep", waits.append)
+        with pytest.raises(EosinError, match=r"0.tiff cannot be read \(3 attempts\): ") as e:
+            reader.image(0)
+        assert not isinstance(e.value, RecordError) and waits == [0.5, 2.0]
+        monkeypatch.setattr(shard_reader.time, "sleep", lambda _: away.rename(slide))
+        assert np.array_equal(reader.image(0), expected)
+        reader.close()
+        slide.unlink()
+        slide.mkdir()  # there, but no slide: that is damage
+        with pytest.raises(RecordError, match=r"record '0_0_0': .*0.tiff is missing"):
+            reader.image(0)

@@ -11,12 +11,13 @@ import simplejpeg
 from fsspec.implementations.local import LocalFileSystem
 
 from eosin.configs.errors import ConfigError, EosinError, InputError
-from eosin.data_curation import shard_cache
+from eosin.data_curation import index_file, shard_cache
 from eosin.data_curation.shard_cache import CacheConfig, RemoteFolder
 from eosin.data_curation.shard_marker import read_marker
-from eosin.data_curation.shard_reader import ShardReader
+from eosin.data_curation.shard_reader import RecordError, ShardReader
 from eosin.data_curation.shard_store import LocalFolder, open_store
 from eosin.data_curation.shards import ShardConfig, shard
+from eosin.launch.artefacts import file_digest
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,75 @@ def test_what_was_fetched_is_checked(remote: Path, tmp_path: Path) -> None:
     (remote / "shards.json").unlink()
     with pytest.raises(InputError, match=r"shards.json does not exist: no finished shards"):
         RemoteFolder(f"file://{remote}", cache)
+
+
+def flip(path: Path, at: int) -> None:
+    """Damages one byte in place, as a disk does."""
+    with path.open("rb+") as file:
+        byte = os.pread(file.fileno(), 1, at)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), at)
+
+
+def test_a_copy_that_was_damaged_is_fetched_once_more(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CacheConfig(folder=tmp_path / "cache")
+    with ShardReader(remote) as local, ShardReader(f"file://{remote}", cache) as reader:
+        expected = [local.read(row) for row in range(20)]
+        assert [reader.read(row) for row in range(20)] == expected
+        opened = count_opens(monkeypatch)
+        for row in (5, 6):
+            place = reader.index.locate(row)
+            digest = reader.index.store.marker["shards"]["000001.tar"]["xxh3_128"]
+            flip(cache.folder / f"{digest}.tar", place.offset + 9)
+        assert [reader.read(row) for row in range(20)] == expected
+        assert opened == ["000001.tar"]
+    # What was damaged before it was hashed is so in every copy: no further one is fetched.
+    flip(remote / "000001.tar", place.offset + 9)
+    marker = (remote / "shards.json").read_text()
+    (remote / "shards.json").write_text(marker.replace(digest, file_digest(remote / "000001.tar")))
+    opened.clear()
+    with ShardReader(f"file://{remote}", cache) as reader:
+        for _ in range(2):
+            with pytest.raises(RecordError, match=r"000001.tar, record '\d+': checksum mismatch"):
+                reader.read(6)
+        assert reader.read(5) == expected[5]
+        assert [name for name in opened if name.endswith("tar")] == ["000001.tar"]
+
+
+@pytest.mark.parametrize("hashed_bytes", [0, 1 << 20])
+def test_a_damaged_copy_of_the_index_is_fetched_once_more(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed_bytes: int
+) -> None:
+    monkeypatch.setattr(index_file, "HASHED_BYTES", hashed_bytes)
+    cache, url = CacheConfig(folder=tmp_path / "cache"), f"file://{remote}"
+    with ShardReader(url, cache) as reader:
+        expected = reader.index.table()
+        (copy,) = cache.folder.glob("*.parquet")
+    opened = count_opens(monkeypatch)
+    size = copy.stat().st_size
+    for at in (200, size - 5, size // 2, size - 300):  # pages and footer
+        flip(copy, at)
+        with ShardReader(url, cache) as reader:
+            assert reader.index.table() == expected
+            assert [reader.index.locate(row).size for row in range(20)] == expected[
+                "size"
+            ].to_pylist()
+        assert opened.count("index.parquet") <= 1
+        assert hashed_bytes == 0 or opened.count("index.parquet") == 1
+        if "index.parquet" not in opened:  # a byte that nothing is read from
+            flip(copy, at)
+        opened.clear()
+    # A damaged original: fetched twice, and nobody is told to write it here.
+    digest = file_digest(remote / "index.parquet")
+    flip(remote / "index.parquet", 200)
+    marker = (remote / "shards.json").read_text()
+    changed = marker.replace(digest, file_digest(remote / "index.parquet"))
+    (remote / "shards.json").write_text(changed)
+    with ShardReader(url, cache) as reader, pytest.raises(InputError) as error:
+        reader.index.table()
+    assert f"{url}/index.parquet is damaged" in str(error.value)
+    assert "eosin shard" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hostile.folder import write_sound
 from hostile.truncations import truncations
 
 from eosin.configs.errors import EosinError, InputError
+from eosin.data_curation import shard_reader
 from eosin.data_curation.shard_reader import RecordError, ShardReader
 from eosin.data_curation.verify import find_problems
 from eosin.pretrain.augment import AugmentConfig
@@ -64,6 +65,7 @@ class HungError(BaseException):
 def main(arguments: list[str]) -> None:
     work, names = Path(arguments[0]), set(arguments[1:])
     warnings.simplefilter("ignore")
+    shard_reader.RETRY_WAITS_S = (0.0, 0.0)
     signal.signal(signal.SIGALRM, _hang)
     watch = Watch()
     (work / SECRET).parent.mkdir(parents=True, exist_ok=True)

@@ -30,10 +30,10 @@ from hostile.folder import (
 )
 from hostile.slides import POINTERS, pointing, valued
 
-Expected = Literal["refused", "skipped", "harmless", "lost"]
+Expected = Literal["refused", "skipped", "harmless", "lost", "ended"]
 """refused: an InputError at the opening; skipped: the record `VICTIM` is named as damaged and all
 others are read; harmless: all are read; lost: refused, or all records that are not read are
-named."""
+named; ended: what reads it stops with a line that names a slide which cannot be opened now."""
 
 SECRET = "outside/secret.txt"
 """A file beside the folder of shards, below the working folder, that nobody may open."""
@@ -554,11 +554,16 @@ TARS = [
     _case(f"tar_{name}", what, "harmless", build, found) for name, what, build, found in ARCHIVES
 ]
 
+_OF_POINTERS: dict[str, Expected] = {
+    "jpeg": "lost",
+    **dict.fromkeys(("command", "web"), "ended"),  # no file is there
+}
+
 POINTED = [
     _case(
         f"slide_{name}",
         f"a record of {what}",
-        "lost" if name == "jpeg" else "skipped",
+        _OF_POINTERS.get(name, "skipped"),
         partial(pointing, change=change),
     )
     for name, what, change in POINTERS

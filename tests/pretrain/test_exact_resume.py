@@ -170,6 +170,37 @@ def test_a_groups_masks_do_not_depend_on_the_ranks(shards: Path) -> None:
         assert np.array_equal(np.concatenate(parts, 1), whole)
 
 
+def test_without_a_group_size_the_masks_are_those_of_the_whole_step(shards: Path) -> None:
+    alone = replace(PLAN, group_size=0)
+    assert alone.masks_of(3).sum() == replace(PLAN, group_size=BATCH).masks_of(3).sum()
+    with pytest.raises(ValueError, match="a group never spans two ranks"):
+        replace(alone, world=2)
+
+
+def test_other_values_in_the_column_of_a_mixture_are_other_data(
+    shards: Path, tmp_path: Path
+) -> None:
+    """The same images with other labels: the shards are equal, and the order is not."""
+    tiles = shards.with_name(shards.name.removesuffix("-shards"))
+    lines = (tiles / "tiles.csv").read_text().splitlines()
+    swapped = [line.replace("IHC", "?").replace("HE", "IHC").replace("?", "HE") for line in lines]
+    table = tiles / "swapped.csv"
+    table.write_text("\n".join(swapped))
+    shard(ShardConfig(images=table, out=tmp_path / "s", records_per_shard=13, workers=1))
+    here, there = ShardReader(shards), ShardReader(tmp_path / "s")
+    assert here.digest == there.digest
+    assert Steps(here, PLAN).digest == Steps(there, PLAN).digest == here.digest
+    assert Steps(here, MIXED).digest != Steps(there, MIXED).digest
+
+
+def test_a_zoom_that_a_tile_cannot_hold_is_refused_before_the_first_step(shards: Path) -> None:
+    augment = replace(AUGMENT, global_zoom=(1.0, 1.3))
+    with pytest.raises(ConfigError, match=r"zoom"):  # 16 px · 1.3 in 20 px, but for the ratio
+        Steps(ShardReader(shards), replace(PLAN, augment=augment))
+    augment = replace(augment, ratio=(1.0, 1.0), global_zoom=(1.0, 1.2))
+    Steps(ShardReader(shards), replace(PLAN, augment=augment))
+
+
 def test_a_group_over_two_ranks_is_refused() -> None:
     with pytest.raises(ValueError, match="a group never spans two ranks"):
         replace(PLAN, world=4, group_size=4)

@@ -189,12 +189,12 @@ def test_decoded_tiles_come_with_what_to_cut_from_them(pristine: Path) -> None:
 def test_a_stand_in_of_another_size_is_cut_at_its_own(shards: Path, render: str) -> None:
     reader, order = ShardReader(shards), epoch_rows(shards)
     hw = reader.index.hw(np.array(order))
-    place = next(p for p in range(N - 1) if (hw[p] != hw[p + 1]).any())
+    place = next(p for p in range(N // 2) if (hw[p] != hw[p + N // 2]).any())
     damage(shards, [order[place]])
     plan = replace(PLAN, augment=replace(AUGMENT, render=render), batch_size=1)
     batch = read(shards, place, place + 1, max_damaged=0.1, plan=plan)[0]
-    assert batch.rows.tolist() == [order[place + 1]] and list(batch.damaged) == [order[place]]
-    tile = reader.image(order[place + 1])
+    assert batch.rows.tolist() == [order[place + N // 2]] and list(batch.damaged) == [order[place]]
+    tile = reader.image(order[place + N // 2])
     if isinstance(batch.images, Tiles):
         assert np.array_equal(batch.images.pixels[0].numpy()[: len(tile), : tile.shape[1]], tile)
         return
@@ -216,19 +216,20 @@ def test_fewer_tiles_than_a_batch_is_one_clear_line(pristine: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_damaged_record_is_replaced_by_the_next_in_the_order_and_named_once(
+def test_a_damaged_record_is_replaced_by_one_half_an_epoch_on_and_named_once(
     shards: Path,
 ) -> None:
     whole = read(shards)
     order = epoch_rows(shards)
-    damaged_row, next_row = order[5], order[6]
+    damaged_row, other_row = order[5], order[0]
     key = ShardReader(shards).index.key(damaged_row)
     damage(shards, [damaged_row])
     found = read(shards, max_damaged=0.1)
     assert content(read(shards, max_damaged=0.1, workers=2)) == content(found)
-    assert found[1].rows.tolist() == [order[4], next_row, next_row, order[7]]
-    first = crops_of(found[1]).global_crops[0]
-    assert not torch.equal(first[1], first[2])
+    assert found[1].rows.tolist() == [order[4], other_row, order[6], order[7]]
+    there = order.index(other_row)
+    own, stands_in = (crops_of(found[n // BATCH]).global_crops[0, n % BATCH] for n in (there, 5))
+    assert not torch.equal(own, stands_in)  # other crops than at its own place
     reasons = [reason for batch in found for reason in batch.damaged.values()]
     assert len(reasons) == 1  # though it was met in each epoch
     assert f"'{key}'" in reasons[0]

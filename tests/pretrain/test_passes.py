@@ -66,3 +66,36 @@ def test_all_orders_of_three_shards_come_equally_often() -> None:
     orders, counts = np.unique(shard.reshape(-1, 3), axis=0, return_counts=True)
     assert len(orders) == 6
     assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_two_windows_make_each_pass_once_however_often_a_stratum_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passes, "SPARE_CELLS", 0)
+    made: list[tuple[Passes, int, int]] = []
+    plain = Passes._append
+
+    def noted(self: Passes, turn: int, stratum: int) -> None:
+        made.append((self, turn, stratum))
+        plain(self, turn, stratum)
+
+    monkeypatch.setattr(Passes, "_append", noted)
+    counts = np.stack([np.full(200, 50), np.ones(200, int)])
+    tiles, windows = np.array([25_100, 25_100]), 25  # a window shows the second 5.02 times
+    rng = np.random.default_rng(0)
+    for first in range(0, windows - 1, 5):
+        held = Passes(counts, 0, tiles, windows)
+        for _ in range(20):
+            stratum = np.arange(64) % 2
+            rank = rng.integers(first * 1004, (first + 2) * 1004, 64)
+            found, expected = held.at(stratum, rank), Passes(counts, 0).at(stratum, rank)
+            assert np.array_equal(found, expected)
+        mine = [(turn, stratum) for made_by, turn, stratum in made if made_by is held]
+        assert len(mine) == len(set(mine)) >= 11
+    # No more than the bound, but for two passes of each, without which nothing can be found.
+    monkeypatch.setattr(passes, "MAX_CELLS", 1000)
+    bounded = Passes(counts, 0, tiles, windows)
+    bounded.at(np.ones(2000, int), np.arange(2000))
+    assert bounded._room == len(bounded._starts) == 1000
+    monkeypatch.setattr(passes, "MAX_CELLS", 10)
+    assert Passes(counts, 0, tiles, windows)._room == 800

@@ -70,12 +70,13 @@ def test_the_crops_shown_are_the_first_that_training_takes(shards: Path) -> None
 def test_what_was_drawn_stands_beneath() -> None:
     config = AugmentConfig(hed=1, jitter=1, grey=0, first_global_blur=1, flip=1, turn=1)
     view = draw_views(config, 0, [0], [0], [(256, 256)]).at(0, 0, 224)
-    first, second, third = describe(view, 0.5).split("\n")
+    first, factors, shifts, last = describe(view, 0.5).split("\n")
     shrunk = (view.width_px * view.height_px) ** 0.5 / 224
     assert first.startswith(f"{0.5 * shrunk:.2f} µm/px · flip · {90 * view.quarter_turns}°")
     assert f"blur {view.blur_sigma_px:.1f}" in first
-    assert second == "HED " + " ".join(f"{factor:.2f}" for factor in view.hed_factor)
-    assert third.startswith(f"b{view.brightness:.2f} c{view.contrast:.2f} s{view.saturation:.2f}")
+    assert factors == "HED × " + " ".join(f"{factor:.2f}" for factor in view.hed_factor)
+    assert shifts == "HED " + " ".join(f"{shift:+.2f}" for shift in view.hed_shift)
+    assert last.startswith(f"b{view.brightness:.2f} c{view.contrast:.2f} s{view.saturation:.2f}")
     assert describe(view._replace(grey=True, jitter=False), float("nan")).endswith("\ngrey")
 
 
