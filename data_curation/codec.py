@@ -204,7 +204,7 @@ def _open(data: bytes, suffix: str) -> Any:
             width, height, depth = struct.unpack_from(">IIB", data, 16)
             _check_size(width, height)
             if depth > 8:  # Pillow would drop the lower half of each value without a word
-                raise ImageError(f"PNG of {depth} bits a channel; a tile has 8")
+                raise ImageError(f"PNG of {depth} bits a channel; a tile has 8 bits")
         image: ImageFile.ImageFile = Image.open(
             io.BytesIO(data), formats=["PNG" if suffix == "png" else "JPEG"]
         )
