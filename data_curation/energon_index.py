@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from eosin.configs.errors import InputError
 from eosin.data_curation.manifest import INDEX, read_table
 from eosin.data_curation.shard_marker import PARTS_NAME, POINTING, read_marker
+from eosin.data_curation.shard_store import LocalFolder
 from eosin.launch.artefacts import replacing, write_json
 from eosin.launch.progress import Meter
 
@@ -56,10 +57,11 @@ def write_energon(config: EnergonConfig) -> None:
         raise InputError(f"{config.shards} points into slides: there are no tars for Energon")
     for name in _INFO_NAMES:
         (config.shards / META_NAME / name).unlink(missing_ok=True)
+    LocalFolder(config.shards)  # every shard is there in its full size, before any is indexed
     suffixes: set[str] = set()
     with Meter("shard energon", len(described), "shards") as meter:
-        for name, facts in described.items():
-            suffixes |= _index_shard(config.shards / name, facts["bytes"])
+        for name in described:
+            suffixes |= _index_shard(config.shards / name)
             meter.advance(1, name)
     counts = {name: facts["count"] for name, facts in described.items() if facts["count"]}
     meta = config.shards / META_NAME
@@ -102,10 +104,8 @@ def remove_energon(shards: Path) -> None:
         )
 
 
-def _index_shard(tar: Path, size: int) -> set[str]:
+def _index_shard(tar: Path) -> set[str]:
     """Writes the tar's ``.idx``; returns the suffixes of its records."""
-    if not tar.is_file() or tar.stat().st_size != size:
-        raise InputError(f"{tar} is missing or not whole; run the same 'eosin shard' again")
     rows = read_table(tar.parent / PARTS_NAME / f"{tar.stem}.parquet", INDEX)
     content = index_of(rows["offset"].to_numpy(), rows["size"].to_numpy())
     with replacing(tar.with_name(f"{tar.name}.idx")) as partial:

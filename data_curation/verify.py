@@ -101,9 +101,15 @@ def verify(config: VerifyConfig) -> None:
     if problems:
         files = list(dict.fromkeys(problem.file for problem in problems))
         more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+        here = [name for name in files if (config.shards / name).is_file()]
+        remedy = (
+            "remove these files and run" if here == files else "remove those that exist and run"
+        )
+        if not here:
+            remedy = "bring back what is missing, or run"
         raise EosinError(
             f"{config.shards}: {len(problems)} problems in {', '.join(files[:_NAMED])}{more}; "
-            "remove these files and run the same 'eosin shard' again: it remakes what is missing"
+            f"{remedy} the same 'eosin shard' again: it remakes what is missing"
         )
     print(f"shard verify: {config.shards}: {n_shards} shards, {n_records} records, all sound")
 

@@ -100,10 +100,12 @@ class AugmentConfig:
     """Probability that levels from 128 up are inverted in the second global crop. DINOv2 has 0.2;
     inverted tissue is no tissue, so it is off unless a recipe asks for it."""
     resolutions: list[Resolution] = field(default_factory=list)
-    """Sides of the crops by share of the steps, in place of `global_px` and `local_px`; all crops
-    of a step have those of one entry. Empty: one resolution throughout."""
+    """Sides of the crops by share of the steps, in place of `global_px` and `local_px`, each
+    ``{global_px: 392, local_px: 168, share: 1}``; all crops of a step have those of one entry.
+    Empty: one resolution throughout."""
     render: RenderPlace = "worker"
-    """Where crops are made: by the workers, or from whole tiles on the trainer's device."""
+    """Where crops are made: by the workers, or from whole tiles on the trainer's device, which
+    should be a GPU."""
     decode: DecodeSize = "scaled"
     """``scaled``: a JPEG of which every crop is a reduction is decoded at 1/2, 1/4 or 1/8 of its
     size, in less time; ``full``: always whole."""

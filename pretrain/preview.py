@@ -33,6 +33,11 @@ CELL_INCH = 1.55
 """Side of a picture; at `DPI`, a global crop of 224 px is shown at about its own size."""
 
 CAPTION_INCH = 0.6
+LEGEND = (
+    "µm/px: scale of the crop (×: pixels of the tile to one of the crop) · "
+    "HED: factors of haematoxylin, eosin and DAB, then shifts\n"
+    "template: means they are moved to · b brightness, c contrast, s saturation (factors), h hue"
+)
 DPI = 144
 
 
@@ -80,6 +85,7 @@ def preview(reader: ShardReader, plan: BatchPlan, path: Path, n: int = TILES) ->
         _show(row[0], tile, f"{width_px} × {height_px} px{scale}")
         for view, crop, axes in zip(views, crops, row[1:], strict=True):
             _show(axes, crop, describe(view, mpp))
+    figure.supxlabel(LEGEND, fontsize=6.5)
     with replacing(path) as partial:
         figure.savefig(partial, format="png")
 
@@ -138,7 +144,7 @@ def describe(view: View, mpp: float) -> str:
         colours.append("grey")
     if view.solarize:
         colours.append("solarized")
-    return "\n".join((" · ".join(first), *stains, " ".join(colours) or "own colour"))
+    return "\n".join((" · ".join(first), *stains, " ".join(colours) or "no jitter"))
 
 
 def _triple(name: str, values: tuple[float, float, float], form: str = ".2f") -> str:

@@ -45,6 +45,8 @@ MIXTURE_LINES = 20
 def plan(config: PretrainConfig) -> str:
     """What `pretrain` would do, for ``--dry-run``."""
     reader = open_shards(config.shards, config.loader)
+    if config.preview:
+        return f"the first tiles and crops, drawn into {config.out / 'preview.png'}; no training"
     order = Steps(reader, config.batch_plan).order
     with torch.device("meta"):
         network = Network(config.model, config.objective)
@@ -65,13 +67,15 @@ def plan(config: PretrainConfig) -> str:
 def mixture_lines(order: Order, column: str) -> str:
     """How often an epoch shows the tiles of each stratum; nothing where there is no mixture."""
     rows = order.describe() if column else []
+    if len(rows) == 1:
+        return f"warning: all records have {column}={rows[0].name!r}: the mixture changes nothing\n"
     lines = [
         f"{column}={row.name!r}: {row.records} records, {row.tiles / order.n:.1%} of the "
         f"tiles, each {row.times_seen:.2f} times an epoch\n"
         for row in sorted(rows, key=lambda row: -row.tiles)
     ]
     if len(lines) > MIXTURE_LINES:
-        lines[MIXTURE_LINES - 1 : -1] = [f"… and {len(lines) - MIXTURE_LINES} more; the rarest:\n"]
+        lines[MIXTURE_LINES - 1 : -1] = [f"… and {len(lines) - MIXTURE_LINES} more; shown least:\n"]
     return "".join(lines)
 
 
@@ -106,7 +110,7 @@ def pretrain(config: PretrainConfig) -> None:
     record_run(config.out, config)
     print(f"{choices}, {len(reader)} records, step {state.step} of {config.steps}")
     if config.augment.render == "device" and device.type == "cpu":
-        print("warning: augment.render=device without a GPU costs ten times what workers take")
+        print("warning: without a GPU augment.render=device takes ten times as long as =worker")
     print(mixture_lines(data.order, config.mixture.column), end="")
     train(config, reader, model, optimizer, state, device, dtype)
     from eosin.launch.curves import loss_curves  # here: drawing takes seconds to import
