@@ -423,7 +423,7 @@ def test_fitted_stains_go_into_a_run_and_a_plan_shows_the_mixture(
     assert "slide_id=case_0: 52 records, 75.0% of the tiles, each 1.50 times an epoch" in lines
     assert "slide_id=case_1: 52 records, 25.0% of the tiles, each 0.50 times an epoch" in lines
     assert main([*argv, "mixture={column: mpp, weights: {'0.5': 1}}", "--dry-run"]) == 0
-    assert "104 records, 100.0% of the tiles, each 1.00 times an epoch" in capsys.readouterr().out
+    assert "all records have mpp='0.5': the mixture changes nothing" in capsys.readouterr().out
 
 
 NUMBERS = "{column: mpp, weights: {0.25: 1, 0.5: 3}}"
