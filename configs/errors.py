@@ -33,3 +33,12 @@ class InputError(EosinError):
 
 class TooManyFailedError(EosinError):
     """More slides or tiles failed than `max_failed` allows; all others are finished and kept."""
+
+
+class InterruptedRunError(EosinError):
+    """A run that ended before its end through no fault of its own: the same command goes on.
+
+    Exit code 75 (EX_TEMPFAIL of sysexits.h), by which `eosin launch` knows to queue it again.
+    """
+
+    exit_code = 75

@@ -1,27 +1,175 @@
-"""What this process may use: device, precision, threads."""
+"""What this process is and may use: its rank among how many, device, precision, threads."""
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 
-from eosin.configs.errors import ConfigError
+from eosin.configs.errors import ConfigError, EosinError
 
 DeviceName: TypeAlias = Literal["auto", "cpu", "cuda"]
 PrecisionName: TypeAlias = Literal["auto", "fp32", "bf16"]
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and `eosin launch` tell each process."""
 
-def choose_device(name: DeviceName) -> torch.device:
-    """The device called `name`; ``auto`` is the first GPU where there is one.
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share a training, as one of them sees it. One alone has no group."""
+
+    rank: int = 0
+    """Of this process, 0 … size - 1."""
+    size: int = 1
+    """Processes in all."""
+    local_rank: int = 0
+    """Of this process on its node."""
+    local_size: int = 1
+    """Processes on this node; the same on each."""
+    group: dist.ProcessGroup | None = None
+    """For tensors on the devices: NCCL on GPUs, gloo on CPUs. None for one process alone."""
+    host: dist.ProcessGroup | None = None
+    """For what stays on the hosts: gloo. None for one process alone."""
+    store: dist.Store | None = None
+    """Shared key-value store, kept by rank 0. None for one process alone."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that prints, and writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.host is not None:
+            dist.barrier(group=self.host)
+
+    def all_hosts(self) -> list[str]:
+        """The host name of each rank, on every rank."""
+        return [str(name) for name in self.gather(socket.gethostname())]
+
+    def gather(self, text: str) -> list[str]:
+        """A short text of each rank, in rank order, on every rank."""
+        if self.host is None:
+            return [text]
+        raw = text.encode()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(raw)]), group=self.host)
+        longest = max(int(size) for size in sizes)
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(raw)] = torch.frombuffer(bytearray(raw or b" "), dtype=torch.uint8)[: len(raw)]
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self.host)
+        return [
+            bytes(part[: int(size)].tolist()).decode()
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+
+def is_distributed() -> bool:
+    """Whether this process was started as one of several (by torchrun or `eosin launch`)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def join_world(device: torch.device, timeout_s: float) -> Iterator[World]:
+    """Joins the processes that torchrun or `eosin launch` started; alone where it is one.
+
+    Args:
+        device: of this process.
+        timeout_s: seconds after which a collective, or the wait for a rank to join, is given up.
 
     Raises:
-        ConfigError: CUDA was asked for where there is none.
+        ConfigError: some of `RANK_VARIABLES` are missing.
+        EosinError: not all ranks came; those that are missing are named.
+    """
+    if not is_distributed():
+        yield World()
+        return
+    missing = [name for name in RANK_VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start "
+            "the processes with torchrun or 'eosin launch'"
+        )
+    rank, size, local_rank = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    timeout = timedelta(seconds=timeout_s)
+    store = _meet(rank, size, timeout)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        group = dist.group.WORLD
+        host = group if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup) and isinstance(host, dist.ProcessGroup)
+        yield World(
+            rank=rank,
+            size=size,
+            local_rank=local_rank,
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            group=group,
+            host=host,
+            store=store,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR, once every rank has said there that it came.
+
+    Raises:
+        EosinError: one that did not come in time, by its number.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # under torchrun the agent keeps the store, and several runs of one agent share it
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    prefix = f"eosin/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        store: dist.Store = dist.TCPStore(
+            address, port, size, is_master=rank == 0 and not agent, timeout=timeout,
+            wait_for_workers=False,
+        )  # fmt: skip
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+        raise EosinError(
+            f"rank {rank} cannot reach rank 0 at {address}:{port} within "
+            f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]})"
+        ) from error
+    store = dist.PrefixStore(prefix, store)
+    store.set(f"came/{rank}", socket.gethostname())
+    try:
+        store.wait([f"came/{other}" for other in range(size)], timeout)
+    except dist.DistStoreError as error:
+        absent = [other for other in range(size) if not store.check([f"came/{other}"])]
+        raise EosinError(
+            f"of {size} ranks {', '.join(map(str, absent))} did not come within "
+            f"{timeout.total_seconds():.0f} s: see their logs, or their nodes"
+        ) from error
+    return store
+
+
+def choose_device(name: DeviceName) -> torch.device:
+    """The device called `name`; ``auto`` is a GPU where there is one, that of the local rank.
+
+    Raises:
+        ConfigError: CUDA was asked for where there is none, or for more ranks than GPUs.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no GPU here; use device=auto or device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", 0)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: torch sees "
+            f"{torch.cuda.device_count()}; start one process a GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def choose_precision(name: PrecisionName, device: torch.device) -> torch.dtype:
