@@ -103,9 +103,9 @@ def join_world(device: torch.device, timeout_s: float) -> Iterator[World]:
     store = _meet(rank, size, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    try:
+    with _left_in_good_order():
         group = dist.group.WORLD
-        host = group if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+        host = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(group, dist.ProcessGroup) and isinstance(host, dist.ProcessGroup)
         yield World(
             rank=rank,
@@ -116,8 +116,13 @@ def join_world(device: torch.device, timeout_s: float) -> Iterator[World]:
             host=host,
             store=store,
         )
-    finally:
-        dist.destroy_process_group()
+
+
+@contextmanager
+def _left_in_good_order() -> Iterator[None]:
+    """Ends the process groups; not after an error, when that may wait for a rank that is gone."""
+    yield
+    dist.destroy_process_group()
 
 
 def _meet(rank: int, size: int, timeout: timedelta) -> Store:

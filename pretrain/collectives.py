@@ -24,14 +24,22 @@ def identity(x: Tensor) -> Tensor:
 
 def sum_over_ranks(group: dist.ProcessGroup | None) -> Collective:
     """Elementwise sum, any shape, equal on all ranks; carries no gradient."""
+    return _reduce(group, dist.ReduceOp.SUM)
 
+
+def max_over_ranks(group: dist.ProcessGroup | None) -> Collective:
+    """Elementwise maximum, any shape, equal on all ranks; carries no gradient."""
+    return _reduce(group, dist.ReduceOp.MAX)
+
+
+def _reduce(group: dist.ProcessGroup | None, operation: Any) -> Collective:
     @torch.no_grad()
-    def total(x: Tensor) -> Tensor:
+    def reduced(x: Tensor) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, dist.ReduceOp.SUM, group=group)
+        dist.all_reduce(out, operation, group=group)
         return out
 
-    return identity if group is None else total
+    return identity if group is None else reduced
 
 
 def mean_over_ranks(group: dist.ProcessGroup | None) -> Collective:

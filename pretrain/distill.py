@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from eosin.pretrain.aside import Aside
 from eosin.pretrain.attention import AttentionFn
-from eosin.pretrain.collectives import gather_rows, lse_over_ranks, sum_over_ranks
+from eosin.pretrain.collectives import (
+    gather_rows,
+    lse_over_ranks,
+    max_over_ranks,
+    sum_over_ranks,
+)
+from eosin.pretrain.compiled import compile_forward
 from eosin.pretrain.crop_rows import CropRows, crop_rows
 from eosin.pretrain.diagnostics import Measured, PrototypeUse, Window, measure_health
 from eosin.pretrain.drop_path import DropPath
@@ -24,11 +30,11 @@ from eosin.pretrain.ema import follow, update_teacher
 from eosin.pretrain.gram import gram_loss
 from eosin.pretrain.initialise import materialise
 from eosin.pretrain.jepa import jepa_loss
+from eosin.pretrain.local_part import local
 from eosin.pretrain.network import Encoded, Logits, Network, ObjectiveConfig
 from eosin.pretrain.positions import Jitter
 from eosin.pretrain.prototype_kernels import LossKernels
 from eosin.pretrain.prototype_loss import (
-    Scaling,
     TargetFigures,
     centred_scaling,
     mean_logits,
@@ -38,6 +44,7 @@ from eosin.pretrain.prototype_loss import (
     target_figures,
 )
 from eosin.pretrain.spread import spread_loss
+from eosin.pretrain.targets import Outputs, Targets, Taught, join_logits
 from eosin.pretrain.vit import VitConfig
 
 
@@ -53,22 +60,6 @@ class Losses(NamedTuple):
     gram: Tensor
 
 
-class Targets(NamedTuple):
-    """The teacher's side of one cross-entropy: its logits, scaled to targets; no M × K tensor."""
-
-    logits: Logits
-    scaling: Scaling
-
-
-class Outputs(NamedTuple):
-    """What the health figures and the moving centres are computed from; no gradients."""
-
-    features: Tensor  # the teacher's CLS [C, D]
-    cls: Targets | None
-    masked: Targets | None
-    student: Logits | None  # of the global crops' CLS tokens, M = C
-
-
 class StepRates(NamedTuple):
     """What the schedules give the objective for one step."""
 
@@ -78,15 +69,6 @@ class StepRates(NamedTuple):
     """Factor on the spread term's weight."""
     gram: bool = False
     """Whether the Gram term is on."""
-
-
-class Taught(NamedTuple):
-    """What the teacher says of some samples' global crops."""
-
-    features: Tensor  # CLS [C, D]
-    cls: Targets | None
-    masked: Targets | None
-    patches: Tensor | None  # [C, N, D], where a loss needs all of them
 
 
 class Distiller(nn.Module):
@@ -116,7 +98,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.objective, self.kernels, self.group_size = objective, kernels, group_size
         self._lse_over_ranks = None if ranks is None else lse_over_ranks(ranks)
-        self._gather_rows = gather_rows(ranks)
+        self._gather_rows, self._max_over_ranks = gather_rows(ranks), max_over_ranks(ranks)
         self._sum_over_ranks, self._ranks = sum_over_ranks(ranks), ranks
         self.student = materialise(lambda: Network(model, objective, attention), seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
@@ -241,10 +223,7 @@ class Distiller(nn.Module):
         cls = [part.cls_logits for part in parts if part.cls_logits is not None]
         masked = [part.patch_logits for part in parts if part.patch_logits is not None]
         heads = {name: of for name, of in (("cls", cls), ("masked", masked)) if of}
-        whole = {
-            name: of[0] if len(of) == 1 else of[0]._replace(x=torch.cat([part.x for part in of]))
-            for name, of in heads.items()
-        }
+        whole = {name: join_logits(of) for name, of in heads.items()}
         if self.objective.targets == "sinkhorn":
             scalings = sinkhorn_scalings(
                 list(whole.values()), temperature, self.kernels, over_ranks=self._lse_over_ranks
@@ -328,7 +307,9 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def refresh_gram_teacher(self) -> None:
         """The Gram teacher becomes a copy of the teacher."""
-        self.gram_teacher.load_state_dict(self.teacher.backbone.state_dict())
+        current = self.teacher.backbone.state_dict()
+        for name, tensor in self.gram_teacher.state_dict().items():
+            local(tensor).copy_(local(current[name]))
 
     @torch.no_grad()
     def record_use(
@@ -342,10 +323,15 @@ class Distiller(nn.Module):
         self.use.record(step, found.strongest, bad)
         return found
 
+    def share_use(self) -> None:
+        """Makes the marks of prototypes those of all ranks; each marks what its samples use."""
+        if hasattr(self, "use"):
+            self.use.last_step.copy_(self._max_over_ranks(self.use.last_step))
+
     def health(
         self, step: int, outputs: Outputs, found: TargetFigures | None, window_steps: int
     ) -> Measured:
-        """Health figures of a step, and of the prototypes used in the steps before it."""
+        """Health figures of this rank's part of a step, and of the prototypes used before it."""
         if found is None or outputs.student is None or outputs.cls is None:
             none = outputs.features.new_empty(0)
             return measure_health(outputs.features, none, none.long(), none.long(), 0)
@@ -369,8 +355,8 @@ class Distiller(nn.Module):
             network.backbone.compile_blocks(backend)
             for name in ("head", "patch_head"):
                 if (head := getattr(network, name, None)) is not None:
-                    head.mlp.compile(fullgraph=True, dynamic=True, backend=backend)
+                    compile_forward(head.mlp, dynamic=True, backend=backend)
         if hasattr(self.student, "predictor"):
-            self.student.predictor.compile(fullgraph=True, dynamic=False, backend=backend)
+            compile_forward(self.student.predictor, dynamic=False, backend=backend)
         if hasattr(self, "gram_teacher"):
             self.gram_teacher.compile_blocks(backend)

@@ -1,23 +1,22 @@
 """How a training lies over its processes: one alone, replicas (DDP), or shards (FSDP2).
 
-Weights, moments and teacher are fp32 everywhere. A replica holds all of them; a shard holds its part
-of each and gathers a block's weights, in the precision of the products, while that block runs. The
+Weights, moments and teacher are fp32 everywhere. A replica holds all of them; a shard holds its
+part of each and gathers a block's weights, in the precision of the products, while it runs. The
 teacher lies as the student does: replicated, it costs nothing to keep up; sharded, what it gathers
 is one pass of 16-bit weights a step, where a whole copy would have to be given the student's new
 weights in fp32.
 
-Past this file nobody asks which layout it is: optimiser, clipping and moving averages work on the
-tensors of `local`, which are the parameters themselves or this rank's shards of them.
+Past this file nobody asks which layout it is: optimiser, clipping and moving averages work on
+`local_part.local`, which is the parameters themselves or this rank's shards of them.
 """
 
-from collections.abc import Iterable
+import itertools
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eosin.configs.errors import ConfigError
@@ -86,8 +85,9 @@ class Layout:
         dtype: torch.dtype,
         shard_ranks: int = 0,
     ) -> None:
-        self.name, self.step = name, model
-        """``step`` is what is called for the losses: the model, or what wraps it."""
+        self.name = name
+        self.step: nn.Module = model
+        """What is called for the losses: the model, or what wraps it."""
         self.over_shards: Collective | None = None
         """Sums over the ranks that hold the parts of one copy; None where each holds all."""
         if name == "ddp":
@@ -133,49 +133,23 @@ def shard(model: Distiller, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast sees to them
     )
-    for network in (model.student, model.teacher):
-        units = [*network.backbone.blocks, *_heads(network)]
-        for unit in units:
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-        fully_shard(network, mesh=mesh, mp_policy=policy)
-        _prefetch(units)
+    roots: list[tuple[nn.Module, list[nn.Module]]] = [
+        (network, [*network.backbone.blocks, *_heads(network)])
+        for network in (model.student, model.teacher)
+    ]
     if hasattr(model, "gram_teacher"):
-        for block in model.gram_teacher.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model.gram_teacher, mesh=mesh, mp_policy=policy)
-        _prefetch(list(model.gram_teacher.blocks))
+        roots.append((model.gram_teacher, list(model.gram_teacher.blocks)))
+    for root, units in roots:
+        for unit in (*units, root):
+            # a root would keep what it gathered: right for a backward pass, but a teacher has none,
+            # and would go on with the weights of its first step
+            reshard = None if root is model.student else True
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        for unit, following in itertools.pairwise(units):
+            assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
+            unit.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([unit])
 
 
-def _heads(network: Network) -> Iterable[nn.Module]:
-    for name, part in network.named_children():
-        if name != "backbone":
-            yield part
-
-
-def _prefetch(units: list[nn.Module]) -> None:
-    for unit, following in zip(units, units[1:], strict=False):
-        assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
-        unit.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([unit])
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a parameter, gradient or buffer, sharing its memory."""
-    if isinstance(tensor, DTensor):
-        shard_: Tensor = tensor._local_tensor
-        return shard_
-    return tensor
-
-
-def like(tensor: Tensor, part: Tensor) -> Tensor:
-    """This rank's part of something that lies as `tensor` does, as a tensor of the whole."""
-    if not isinstance(tensor, DTensor):
-        return part
-    return DTensor.from_local(
-        part,
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
+def _heads(network: Network) -> list[nn.Module]:
+    return [part for name, part in network.named_children() if name != "backbone"]

@@ -59,6 +59,13 @@ class Scaling:
         q = [None] * len(rows) if self.targets is None else self.targets.split(list(rows))
         return [replace(self, log_v=a, targets=b) for a, b in zip(v, q, strict=True)]
 
+    @staticmethod
+    def join(parts: Sequence["Scaling"]) -> "Scaling":
+        """What `split` took apart."""
+        q = [part.targets for part in parts if part.targets is not None]
+        whole = torch.cat(q) if len(q) == len(parts) else None
+        return replace(parts[0], log_v=torch.cat([p.log_v for p in parts]), targets=whole)
+
 
 @dataclass(frozen=True)
 class TargetFigures:
