@@ -125,7 +125,9 @@ class Status:
             write_json(self._path, {"schema_version": SCHEMA_VERSION, **values})
         except OSError as error:  # a full disk ends a run at its checkpoint, not here
             if not self._warned:
-                print(f"warning: {self._path} cannot be written ({error.strerror})", file=sys.stderr)
+                print(
+                    f"warning: {self._path} cannot be written ({error.strerror})", file=sys.stderr
+                )
             self._warned = True
 
 
