@@ -259,8 +259,9 @@ def golden_features(
     model: VitConfig, state: dict[str, Tensor], tile: NDArray[np.uint8], card: EncoderCard
 ) -> Tensor:
     """CLS features of the golden tile by our own network, fp32 [D]."""
-    vit = Vit(model)
-    vit.load_state_dict({k: v.float().cpu() for k, v in state.items()}, strict=True)
+    with torch.device("meta"):  # or weights would be drawn, from the global generator
+        vit = Vit(model)
+    vit.load_state_dict({k: v.float().cpu() for k, v in state.items()}, strict=True, assign=True)
     image = torch.from_numpy(tile).permute(2, 0, 1)[None].float() / 255  # [1, 3, H, W]
     mean, std = torch.tensor(card.mean)[:, None, None], torch.tensor(card.std)[:, None, None]
     tokens: Tokens = vit.eval()([(image - mean) / std])[0]

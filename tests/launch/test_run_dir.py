@@ -21,7 +21,7 @@ from eosin.launch.artefacts import (
 )
 from eosin.launch.process import choose_device, choose_precision
 from eosin.launch.progress import Meter, StepMeter, format_seconds
-from eosin.launch.run_dir import record_run
+from eosin.launch.run_dir import changes_since, record_run
 
 
 @dataclass(frozen=True, kw_only=True)
