@@ -103,7 +103,7 @@ class _Worker(Generic[J, R]):
         except (EOFError, OSError):
             self.pipe.close()  # a process that still lives ends at this
             self.process.join(_DYING_S)
-            reason = f"the reader process died ({_describe_exit(self.process.exitcode)})"
+            reason = f"its process died ({_describe_exit(self.process.exitcode)})"
             self.end()
             return Lost(status=Status.CRASHED, reason=reason)
         return result
