@@ -23,6 +23,9 @@ R = TypeVar("R")
 _DYING_S = 10.0
 """Seconds that a process whose pipe broke has to end, so that its exit code is known."""
 
+_RETIRING_S = 2.0
+"""Seconds that a process without a job has to end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
@@ -68,6 +71,10 @@ def run_isolated(
                     idle.append(worker)
                 yield worker.job, result
     finally:
+        for worker in idle:
+            worker.pipe.close()  # at which it ends by itself, and gives back what it holds
+        for worker in idle:
+            worker.process.join(_RETIRING_S)
         for worker in idle + busy:
             worker.end()
 

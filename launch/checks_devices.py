@@ -46,7 +46,7 @@ class Devices:
     torch_cuda: tuple[int, int] | None = None
     """CUDA that torch is built for; None for a CPU build."""
     architectures: tuple[str, ...] = ()
-    """What torch is compiled for: ``sm_90``, and ``compute_90`` for what is compiled at run time."""
+    """What torch is compiled for: ``sm_90``; ``compute_90`` is compiled on the GPU."""
     gpus: tuple[Gpu, ...] = ()
     visible: str | None = None
     """CUDA_VISIBLE_DEVICES."""
@@ -89,9 +89,7 @@ def _nvidia_smi() -> list[str]:
     """A row a GPU, or none."""
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_QUERY_S, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return [printable(row) for row in done.stdout.splitlines() if row.count(",") == 2]

@@ -150,13 +150,12 @@ def _renames(scratch: Path) -> bool:
 
 
 def _locks(path: Path) -> bool:
-    with path.open("wb") as mine, path.open("wb") as other:
-        with contextlib.suppress(OSError):
-            fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+    with path.open("wb") as mine, path.open("wb") as other, contextlib.suppress(OSError):
+        fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
 
 

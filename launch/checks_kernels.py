@@ -1,11 +1,11 @@
-"""Attention and loss kernels: which there are, whether they compute what they should, and which
-of them training would take here.
+"""Attention and loss kernels: which there are, whether they are right, which training would take.
 
 Each is run forward and backward on a small problem beside the definition in fp64.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -21,9 +21,9 @@ from eosin.pretrain.loss_memory import TEACHER_TEMPERATURE, textbook_stage
 from eosin.pretrain.prototype_kernels import LossKernelName, LossKernels, choose_kernels
 from eosin.pretrain.prototype_loss import prototype_cross_entropy, sinkhorn_scaling
 
-K = TypeVar("K")
-
 AREA = "kernels"
+
+K = TypeVar("K")
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Relative, of outputs and of gradients; bf16 carries 8 bits."""
@@ -58,22 +58,13 @@ def look(device: torch.device, dtype: torch.dtype) -> list[Kernel]:
     attention = choose_attention("auto", device, dtype)
     losses = choose_kernels("auto", device, dtype)
     kernels = []
-    for name in get_args(AttentionName):
-        if name != "auto":
-            kernels.append(
-                _tried(
-                    "attention", name, lambda n=name: choose_attention(n, device, dtype),
-                    attention, lambda found: attention_error(found, device, dtype),
-                )
-            )  # fmt: skip
-    for name in get_args(LossKernelName):
-        if name != "auto":
-            kernels.append(
-                _tried(
-                    "losses", name, lambda n=name: choose_kernels(n, device, dtype),
-                    losses, lambda found: loss_error(found, device),
-                )
-            )  # fmt: skip
+    for name in get_args(AttentionName)[1:]:
+        choose = partial(choose_attention, name, device, dtype)
+        error = partial(attention_error, device=device, dtype=dtype)
+        kernels.append(_tried("attention", name, choose, attention, error))
+    for name in get_args(LossKernelName)[1:]:
+        pick = partial(choose_kernels, name, device, dtype)
+        kernels.append(_tried("losses", name, pick, losses, partial(loss_error, device=device)))
     return kernels
 
 
@@ -97,10 +88,13 @@ def attention_error(function: AttentionFn, device: torch.device, dtype: torch.dt
     packing, heads, channels = Packing(groups=((2, 37), (3, 10))), 2, 64
     generator = torch.Generator().manual_seed(0)
     shape = (packing.tokens, heads, channels)
-    q, k, v, weight = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
-    ours = _with_gradients(lambda *x: function(*x, packing), (q, k, v), weight)
-    exact = [t.double() for t in (q, k, v, weight)]
-    reference = _with_gradients(lambda *x: _softmax_attention(*x, packing), exact[:3], exact[3])
+    *x, weight = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    ours = _with_gradients(lambda q, k, v: function(q, k, v, packing), x, weight)
+    reference = _with_gradients(
+        lambda q, k, v: _softmax_attention(q, k, v, packing),
+        [t.double() for t in x],
+        weight.double(),
+    )
     return _worst(ours, reference)
 
 
@@ -121,10 +115,11 @@ def loss_error(kernels: LossKernels, device: torch.device) -> float:
         x = F.normalize(torch.randn(rows, D, generator=generator), dim=-1)
         return x.to(kernels.dtype).to(device, torch.float32)  # exact in the kernels' operands
 
-    student, teacher = [directions(M), directions(n)], [directions(M), directions(n)]
+    student = directions(M), directions(n)
+    teacher = directions(M), directions(n)
 
     def streamed(x: Tensor, weight: Tensor) -> Tensor:
-        scaling = sinkhorn_scaling(*teacher, TEACHER_TEMPERATURE, kernels)
+        scaling = sinkhorn_scaling(teacher[0], teacher[1], TEACHER_TEMPERATURE, kernels)
         rows = torch.full((M,), 1 / M, device=device)
         mix = torch.ones(1, 1, device=device)
         return prototype_cross_entropy(
@@ -132,7 +127,7 @@ def loss_error(kernels: LossKernels, device: torch.device) -> float:
         ).sum()
 
     def textbook(x: Tensor, weight: Tensor) -> Tensor:
-        return textbook_stage(x, weight, *(t.double() for t in teacher))
+        return textbook_stage(x, weight, teacher[0].double(), teacher[1].double())
 
     one = torch.ones((), device=device)
     ours = _with_gradients(streamed, student, one)

@@ -105,9 +105,7 @@ def judge(packages: Packages) -> list[Finding]:
         *(_unsound(package) for package in packages.needed if _trouble(package)),
     ]
     for name, version in packages.optional.items():
-        rows.append(
-            Finding(AREA, name, version or f"not installed (optional: {_OPTIONAL[name]})")
-        )
+        rows.append(Finding(AREA, name, version or f"not installed (optional: {_OPTIONAL[name]})"))
     rows.append(_hub(packages.hub))
     return rows
 

@@ -46,7 +46,7 @@ class DoctorConfig:
 
     folder: Path = Path(".")
     """Where runs or shards would be written: its disk is tried with 64 MB."""
-    limit_s: float = 60.0
+    limit_s: float = 120.0
     """Seconds after which a single check is given up. On a slow file system importing torch alone
     may take that long."""
     json: Path | None = None
