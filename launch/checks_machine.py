@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from eosin.data_curation.worker_pool import count_workers
 from eosin.launch.checks import Finding
-from eosin.launch.process import usable_cores
 
 AREA = "machine"
 GIB = 1 << 30
@@ -66,7 +66,7 @@ def look() -> Machine:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
     return Machine(
-        cores=usable_cores(),
+        cores=count_workers(0),
         installed=os.cpu_count() or 1,
         quota=quota,
         memory_gib=int(memory["MemTotal"].split()[0]) / (1 << 20),
