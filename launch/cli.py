@@ -131,6 +131,14 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         options=("json",),
     ),
+    "doctor": Verb(
+        "eosin.launch.doctor",
+        "DoctorConfig",
+        "doctor",
+        "this machine: what eosin finds and would choose on it, and what to mend",
+        "eosin doctor folder=runs --json doctor.json",
+        options=("json",),
+    ),
 }
 
 FLAGS = """\
