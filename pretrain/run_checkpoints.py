@@ -355,21 +355,19 @@ def _share_out(tensors: Mapping[str, Tensor], shapes: dict[str, Shape], world: W
     held = held_boxes(tensors)
     # the largest first, so that the turns even out
     order = sorted(shapes, key=lambda name: (-shapes[name].numel, name))
-    whole = repr([(name, shapes[name]) for name in order])
-    marks = [_mark(whole)] + [_mark(repr(held.get(name))) for name in order]
-    mine = torch.tensor(marks, dtype=torch.int64)
-    table = [torch.empty_like(mine) for _ in range(world.size)]
-    if world.host is None:
-        table = [mine]
-    else:
-        dist.all_gather(table, mine, group=world.host)
-    marks_of = torch.stack(table).numpy()  # [ranks, 1 + names]
-    other = np.flatnonzero(marks_of[:, 0] != marks_of[0, 0])
-    if len(other):
+    wholes = world.gather(str(_mark(repr([(name, shapes[name]) for name in order]))))
+    other = [rank for rank, whole in enumerate(wholes) if whole != wholes[0]]
+    if other:
         raise EosinError(f"rank {other[0]} holds other tensors, or other shapes, than rank 0")
+    mine = torch.tensor([_mark(repr(held.get(name))) for name in order], dtype=torch.int64)
+    table = [mine] * world.size
+    if world.host is not None:
+        table = [torch.empty_like(mine) for _ in range(world.size)]
+        dist.all_gather(table, mine, group=world.host)
+    marks = torch.stack(table).numpy()  # [ranks, names]
     boxes = {}
     for turn, name in enumerate(order):
-        holders = np.flatnonzero(marks_of[:, 1 + turn] == marks_of[world.rank, 1 + turn])
+        holders = np.flatnonzero(marks[:, turn] == marks[world.rank, turn])
         box = held.get(name)
         if box is None or holders[turn % len(holders)] != world.rank:
             continue
