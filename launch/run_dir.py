@@ -1,23 +1,16 @@
-"""The run folder: resolved config, environment, metrics.
-
-``metrics.jsonl`` has one JSON object a line, ascending in ``step``; on resume, lines at and beyond
-the step that training goes on from are dropped, so there is neither a gap nor a repeat.
-"""
+"""The run folder: resolved config and environment."""
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any
 
 import yaml
 
 from eosin.configs.errors import ConfigError
 from eosin.configs.load import as_plain, to_yaml
-from eosin.launch.artefacts import stamp_of, write_bytes, write_json, write_text
-
-WandbMode: TypeAlias = Literal["disabled", "offline", "online"]
+from eosin.launch.artefacts import write_json, write_text
 
 RECORDED_PACKAGES = (
     "eosin",
@@ -97,72 +90,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-class Metrics:
-    """Appends to ``metrics.jsonl`` and, when asked, to wandb. Use as a context manager.
-
-    Args:
-        folder: the run folder.
-        first_step: the step training goes on from.
-        wandb: ``disabled``, ``offline`` (files under the run folder) or ``online``.
-        config: what wandb shows as the run's config.
-    """
-
-    def __init__(self, folder: Path, first_step: int, wandb: WandbMode, config: Any) -> None:
-        self.path = folder / "metrics.jsonl"
-        if self.path.is_file():
-            kept = [
-                line for line in self.path.read_bytes().splitlines() if _step_of(line) < first_step
-            ]
-            write_bytes(self.path, b"".join(line + b"\n" for line in kept))
-        self._file = self.path.open("a")
-        self._wandb = _start_wandb(folder, wandb, config) if wandb != "disabled" else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line and hands it to the operating system."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a metrics line; infinity for one that a killed writer left unfinished."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        return float("inf")
-
-
-def _start_wandb(folder: Path, mode: Literal["offline", "online"], config: Any) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"wandb={mode}, but wandb is not installed; pip install 'eosin[wandb]'"
-        ) from error
-    identity = stamp_of(run=str(folder.resolve()))  # the same run again when it is resumed
-    try:
-        return wandb.init(
-            project="eosin",
-            name=folder.name,
-            id=identity,
-            resume="allow",
-            mode=mode,
-            dir=str(folder),
-            config=as_plain(config),
-        )
-    except wandb.errors.Error as error:
-        raise ConfigError(f"wandb={mode}: {str(error).splitlines()[0]}") from error
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

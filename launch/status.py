@@ -1,4 +1,4 @@
-"""``status.json``: what a run is doing, in one small file that scripts and `eosin launch status` poll.
+"""``status.json``: what a run does, in one small file that scripts and `eosin launch status` poll.
 
 Rank 0 replaces it whole, at most every few seconds and at each change of state. A killed process
 cannot say so: a file whose `updated` is old belongs to a run that is gone, or stuck.

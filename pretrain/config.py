@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from eosin.launch.metrics import WandbMode
 from eosin.launch.process import DeviceName, PrecisionName
-from eosin.launch.run_dir import WandbMode
 from eosin.pretrain.attention import AttentionName
 from eosin.pretrain.augment import AugmentConfig
 from eosin.pretrain.loader import LoaderConfig
@@ -35,6 +35,7 @@ MAY_CHANGE = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "wandb",
+        "tensorboard",
     }
 )
 """Config keys that a resumed run may be given anew: none of them touches what is learned, but for
@@ -122,6 +123,8 @@ class PretrainConfig:
     is looked for every `log_every` steps."""
     wandb: WandbMode = "disabled"
     """Also log to wandb; ``offline`` needs no account."""
+    tensorboard: bool = False
+    """Also write TensorBoard files, to ``tensorboard/`` of `out`."""
 
     def __post_init__(self) -> None:
         """Refuses values that contradict each other."""
