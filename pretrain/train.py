@@ -4,8 +4,6 @@ Every draw is a function of (seed, step), so a run that was killed goes on from 
 checkpoint and ends with the same weights, bit for bit on a CPU.
 """
 
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,9 +12,11 @@ import torch
 from eosin.configs.errors import ConfigError
 from eosin.data_curation.shard_reader import ShardReader
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
-from eosin.launch.process import choose_device, choose_precision, usable_cores
-from eosin.launch.progress import Meter
-from eosin.launch.run_dir import Metrics, check_unchanged, record_run
+from eosin.launch.metrics import Metrics
+from eosin.launch.process import World, choose_device, choose_precision, usable_cores
+from eosin.launch.progress import StepMeter
+from eosin.launch.run_dir import check_unchanged, record_run
+from eosin.launch.status import Status
 from eosin.pretrain.attention import choose_attention
 from eosin.pretrain.backbone_weights import load_backbone
 from eosin.pretrain.batch import Batch, Inputs
@@ -26,12 +26,14 @@ from eosin.pretrain.distill import Distiller, Losses, Outputs, StepRates
 from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.export import CHECKSUMS, EncoderCard, write_encoder
 from eosin.pretrain.gram import gram_active, gram_refresh_due
+from eosin.pretrain.live_probe import LiveProbe, StartProbe
 from eosin.pretrain.loader import batches, open_shards
 from eosin.pretrain.network import Network
 from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
 from eosin.pretrain.order import Order
 from eosin.pretrain.positions import Jitter
 from eosin.pretrain.prototype_kernels import choose_kernels
+from eosin.pretrain.rate import Rate
 from eosin.pretrain.step_guard import StepGuard
 from eosin.pretrain.steps import Steps
 
@@ -79,8 +81,12 @@ def mixture_lines(order: Order, column: str) -> str:
     return "".join(lines)
 
 
-def pretrain(config: PretrainConfig) -> None:
+def pretrain(config: PretrainConfig, start_probe: StartProbe | None = None) -> None:
     """Trains, or goes on training, and exports the teacher.
+
+    Args:
+        config: of the training.
+        start_probe: makes what scores the teacher while it is trained.
 
     Raises:
         ConfigError: the folder holds a run with another config, or the shards are too few.
@@ -112,20 +118,31 @@ def pretrain(config: PretrainConfig) -> None:
     if config.augment.render == "device" and device.type == "cpu":
         print("warning: without a GPU augment.render=device takes ten times as long as =worker")
     print(mixture_lines(data.order, config.mixture.column), end="")
-    train(config, reader, model, optimizer, state, device, dtype)
+    world, status = World(), Status(config.out, World())
+    status.update(state="training", step=state.step, steps=config.steps)
+    probe = None
+    if start_probe is not None:
+        probe = start_probe(config, world, device, dtype, state.step + 1)
+    train(config, reader, model, optimizer, state, device, dtype, world, status, probe)
     from eosin.launch.curves import loss_curves  # here: drawing takes seconds to import
 
     loss_curves(config.out / "metrics.jsonl", config.out / "curves.png")
-    card = EncoderCard(
-        steps=config.steps,
-        tiles_seen=config.steps * config.batch_size,
-        index_digest=reader.digest,
+    card = card_at(config, config.steps, state)
+    write_encoder(encoder, config.model, model.teacher.backbone.state_dict(), card)
+    mark_done(config.out / "done.json", stamp, steps=config.steps)
+    status.update(state="finished", step=config.steps, reason="all steps are done")
+
+
+def card_at(config: PretrainConfig, step: int, state: TrainState) -> EncoderCard:
+    """What an export of the teacher after `step` steps says about itself."""
+    return EncoderCard(
+        steps=step,
+        tiles_seen=step * config.batch_size,
+        index_digest=state.index_digest,
         mpp=state.mpp,
         mean=config.mean,
         std=config.std,
     )
-    write_encoder(encoder, config.model, model.teacher.backbone.state_dict(), card)
-    mark_done(config.out / "done.json", stamp, steps=config.steps)
 
 
 def build_model(
@@ -178,6 +195,9 @@ def train(
     state: TrainState,
     device: torch.device,
     dtype: torch.dtype,
+    world: World,
+    status: Status,
+    probe: LiveProbe | None,
 ) -> None:
     """The loop, from ``state.step`` to ``config.steps``."""
     stream = batches(
@@ -197,13 +217,21 @@ def train(
         terms=Losses._fields,
         modules=list(parts),
     )
-    clock, inputs, damaged = Clock(), Inputs(device, config.mean, config.std), 0
-    tiles, done_tiles = config.steps * config.batch_size, state.step * config.batch_size
+    inputs, damaged = Inputs(device, config.mean, config.std), 0
+    rate = Rate(config, device, dtype, world)
     with (
-        Metrics(config.out, state.step + 1, config.wandb, config) as metrics,
-        Meter("pretrain", tiles, "tiles", done_tiles) as meter,
+        Metrics(
+            config.out,
+            state.step + 1,
+            config,
+            wandb=config.wandb,
+            tensorboard=config.tensorboard,
+            world=world,
+        ) as metrics,
+        StepMeter("pretrain", config.steps, state.step, shown=world.leads) as meter,
     ):
-        for batch in clock.waiting(stream):
+        for batch in rate.waiting(stream):
+            rate.start()
             for reason in batch.damaged.values():
                 damaged += 1
                 if damaged <= DAMAGED_LINES:
@@ -212,6 +240,7 @@ def train(
             if gram_refresh_due(batch.step, config.objective.gram):
                 model.refresh_gram_teacher()
             losses, outputs = forward(config, model, batch, rates, inputs, dtype)
+            rate.stop()
             losses.total.backward()
             norms = clip_gradients(parts.values(), config.optim.clip_norm, config.optim.clip)
             bad = guard.judge(batch.step, batch.rows, torch.stack(losses), norms)
@@ -228,19 +257,35 @@ def train(
             look = guard.look() if logs or saves else None
             if logs and look and look.values:
                 health = model.health(batch.step, outputs, targets, config.use_window).read()
+                alarms = []
                 if done > config.optim.lr.warmup * config.steps:
-                    for alarm in health.alarms():
-                        print(f"warning at step {done}: {alarm}")
+                    alarms = health.alarms()
+                lap = rate.lap()
+                for alarm in (*alarms, *lap.news):
+                    print(f"warning at step {done}: {alarm}")
                 values = {"loss": look.values["total"], **step_values(config, look.values, rates)}
                 values |= {"damaged": float(damaged)} if damaged else {}
-                metrics.write(done, values | health.values() | clock.lap(config.batch_size))
-                meter.note = f"loss {values['loss']:.3f}"
-            meter.advance(config.batch_size, meter.note)
+                meter.figures = values | lap.values()
+                metrics.write(done, values | health.values() | lap.values())
+                status.update(
+                    step=done,
+                    loss=values["loss"],
+                    alarms=[*alarms, *lap.slow],
+                    bad_steps=guard.count,
+                    damaged=damaged,
+                    seconds_left=meter.seconds_left(),
+                    **{"mfu": None} | lap.values(),
+                )
+            meter.advance()
             if saves:
+                if probe is not None:
+                    probe(model.teacher.backbone, card_at(config, done, state))
                 now = replace(state, step=done, bad_steps=guard.count)
+                status.update(state="checkpointing", step=done)
                 save_checkpoint(
                     config.out / "checkpoints", model, optimizer, now, config.keep_checkpoints
                 )
+                status.update(state="training", checkpoint_step=done)
 
 
 class Rates(NamedTuple):
@@ -317,33 +362,3 @@ def step_values(
         "momentum": rates.momentum,
         "temperature": rates.temperature,
     }
-
-
-class Clock:
-    """Tiles a second, and the share of time spent waiting for data, between two laps."""
-
-    def __init__(self) -> None:
-        self._lap, self._waited, self._steps = time.monotonic(), 0.0, 0
-
-    def waiting(self, stream: Iterable[Batch]) -> Iterator[Batch]:
-        """The stream, with the time that each batch takes to come counted as waiting."""
-        iterator = iter(stream)
-        while True:
-            started = time.monotonic()
-            batch = next(iterator, None)
-            self._waited += time.monotonic() - started
-            if batch is None:
-                return
-            self._steps += 1
-            yield batch
-
-    def lap(self, batch_size: int) -> dict[str, float]:
-        """Figures since the last lap; starts a new one."""
-        now = time.monotonic()
-        seconds = max(now - self._lap, 1e-9)
-        figures = {
-            "tiles_per_s": self._steps * batch_size / seconds,
-            "data_wait": self._waited / seconds,
-        }
-        self._lap, self._waited, self._steps = now, 0.0, 0
-        return figures
