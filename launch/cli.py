@@ -84,8 +84,8 @@ VERBS: dict[str, Verb] = {
         plan="plan",
     ),
     "pretrain": Verb(
-        "eosin.pretrain.train",
-        "PretrainConfig",
+        "eosin.launch.training",
+        "TrainingConfig",
         "pretrain",
         "shards to a run folder with an exported encoder; resumes when the folder exists",
         "eosin pretrain --config pretrain/smoke shards=curated/shards out=runs/first",
@@ -104,6 +104,14 @@ VERBS: dict[str, Verb] = {
         "evaluate",
         "encoder on labelled tiles to results.json and report.html, floors beside it",
         "eosin eval encoder=runs/first/encoder task.tiles=/data/labels.csv out=runs/first/eval",
+        plan="plan",
+    ),
+    "watch": Verb(
+        "eosin.eval.watch_exports",
+        "WatchConfig",
+        "watch",
+        "score each export of a running training (probe.where=job) as it appears, until it is done",
+        "eosin watch run=runs/first probe.tiles=/data/labels.csv",
         plan="plan",
     ),
     "stain": Verb(
