@@ -24,7 +24,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from eosin.configs.errors import EosinError, InterruptedRunError, printable
+from eosin.configs.errors import EosinError, InterruptedRunError
 from eosin.launch.artefacts import file_digest
 from eosin.launch.process import World
 from eosin.pretrain.checkpoint import (
@@ -240,12 +240,12 @@ class Checkpoints:
 
     def _run(self, snapshot: _Snapshot) -> None:
         try:
-            if snapshot.copied is not None:
-                snapshot.copied.synchronize()
             self._write(snapshot)
-        except RuntimeError as error:  # of the exchange itself
-            reason = printable(str(error).splitlines()[0])
-            lost = InterruptedRunError(f"a rank was lost over a checkpoint ({reason})")
+        except RuntimeError as error:  # of an exchange itself: all work is done in `_together`
+            lost = InterruptedRunError(
+                f"a rank was lost while the checkpoint of step {snapshot.state.step} was written; "
+                "the same command goes on from the newest that is whole"
+            )
             lost.__cause__ = error
             self._failure = lost
         except Exception as error:  # raised again by `finish`, in the training's thread
@@ -268,6 +268,8 @@ class Checkpoints:
             return next(older, "none")
 
         def write() -> str:
+            if snapshot.copied is not None:
+                snapshot.copied.synchronize()
             digest = write_boxes(partial / name, share.boxes, snapshot.parts)
             forget(partial / name)
             if file_digest(partial / name) != digest:

@@ -379,6 +379,9 @@ def campaign(store: Path, logs: Path, size: int, kills: int, where: str, one_onl
             os.kill(pid, signal.SIGKILL)
         for pid in pids:
             os.waitpid(pid, 0)  # where one was killed, the others end by themselves
+        if one_only:
+            line = "InterruptedRunError: a rank was lost while the checkpoint of step"
+            assert line in (logs / "err-0").read_text()
         durable = max(durable, *(int(line) for lines in said(logs, size) for line in lines))
         within_a_save += any(folder.glob(".step_*.partial"))
         newest, *older = list_checkpoints(folder)
