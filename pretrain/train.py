@@ -5,12 +5,12 @@ checkpoint and ends with the same weights, bit for bit on a CPU; on another numb
 same to rounding.
 """
 
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import torch
 
-from eosin.configs.errors import InterruptedRunError
+from eosin.configs.errors import EosinError, InterruptedRunError
 from eosin.data_curation.shard_reader import ShardReader
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
 from eosin.launch.process import (
@@ -120,6 +120,10 @@ def run(
             state = train(t, reader, checkpoints, state, stops, status, probe)
         except LossSpikeError as spike:
             state = roll_back(t, checkpoints, spike)
+        except EosinError:
+            with suppress(EosinError):  # what is being written is worth having
+                checkpoints.finish()
+            raise
     checkpoints.finish()
     teacher = whole_state(t.model.teacher.backbone)
     if world.leads:
@@ -199,10 +203,9 @@ def train(
                 state = replace(state, step=done, bad_steps=guard.count)
                 if probe is not None:
                     probe(t.whole_teacher, card_at(config, state))
-                checkpoints.save(t.tensors(), state)
+                checkpoints.save(t.tensors(), state, wait=stop is not None)
                 journal.saved(done)
             if stop is not None:
-                checkpoints.finish()
                 raise InterruptedRunError(
                     f"{stop} after step {done} of {config.steps}; its checkpoint is written, and "
                     "the same command goes on from it"
