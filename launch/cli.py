@@ -139,6 +139,14 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         options=("json",),
     ),
+    "bench layouts": Verb(
+        "eosin.launch.bench_layouts",
+        "BenchStepConfig",
+        "bench_layouts",
+        "the same step alone, replicated and sharded on one rank; and what a checkpoint costs it",
+        "eosin bench layouts --config bench/step_gpu --json layouts.json",
+        options=("json",),
+    ),
     "doctor": Verb(
         "eosin.launch.doctor",
         "DoctorConfig",

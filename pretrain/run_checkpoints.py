@@ -129,6 +129,11 @@ class Checkpoints:
         if wait:
             self.finish()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is under way in the background, on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
     def poll(self) -> None:
         """Looks whether the save in the background failed. Costs one small exchange at most.
 

@@ -316,13 +316,13 @@ def test_out_of_memory_says_what_to_change(shards: Path, tmp_path: Path) -> None
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(
-    shards: Path, small_disk: Callable[[int], Path], tmp_path: Path
+    shards: Path, small_disk: Callable[[float], Path], tmp_path: Path
 ) -> None:
     """Room for one checkpoint and half of the next."""
     pretrain(config_for(shards, tmp_path / "whole", "steps=6", "checkpoints={every: 3, keep: 9}"))
     [_, first] = list_checkpoints(tmp_path / "whole" / "checkpoints")
     size = sum(path.stat().st_size for path in first.iterdir())
-    disk = small_disk(1)
+    disk = small_disk(6)
     run = disk / "run"
     filler = disk / "filler"
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
