@@ -94,7 +94,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path) -> None:
     )
     script += "first = int(sys.argv[1])\n"
     script += "with Metrics(Path('run'), first, Config(), wandb='offline') as metrics:\n"
-    script += "    metrics.write(first, {'loss': 1.0}); print('ID', metrics._records[-1]._run.id)\n"
+    script += "    metrics.write(first, {'loss': 1.0}); print('ID', metrics._records[0]._run.id)\n"
     (tmp_path / "run").mkdir()
     ids = []
     for first in ("1", "2"):
