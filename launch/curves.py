@@ -185,6 +185,6 @@ def _mark_best(panel: Any, series: Series) -> None:
     panel.plot([step], [value], color=EOSIN, marker="o", ms=5, lw=0)
     right = step > series.steps[-1] / 2
     panel.annotate(
-        f"{value:.3f} at {step}", (step, value), (-6 if right else 6, 5), color=EOSIN, fontsize=8,
-        textcoords="offset points", ha="right" if right else "left",
+        f"{value:.3f} at {step}", (step, value), (-7 if right else 7, 0), color=EOSIN, fontsize=8,
+        textcoords="offset points", ha="right" if right else "left", va="center",
     )  # fmt: skip

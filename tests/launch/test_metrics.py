@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def test_tensorboard_shows_every_step_once_when_a_writer_was_killed(tmp_path: Pa
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     (first,) = (tmp_path / "tensorboard").iterdir()
     first.write_bytes(first.read_bytes()[:-7])  # half of step 6's record
+    time.sleep(1.1)  # event files are read in the order of their names, which count seconds
     with Metrics(tmp_path, 4, None, tensorboard=True) as metrics:
         for step in (4, 5, 6):
             metrics.write(step, {"loss": 400 + step})

@@ -32,6 +32,7 @@ def probes_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes milliseconds here: by their share, there would be no time for probes."""
     monkeypatch.setattr("eosin.eval.fewshot.EPISODES", 20)
     monkeypatch.setattr("eosin.eval.watch.Budget.left", lambda self: 1e9)
+    monkeypatch.setattr("eosin.launch.curves.loss_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,8 @@ def test_a_probed_run_can_be_exported_and_says_that_it_is_finished(
     assert status is not None
     assert (status.state, status.step, status.steps) == ("finished", 8, 8)
     assert status.checkpoint_step == 8 and status.loss is not None and status.tiles_per_s
-    assert status.memory_gib and status.mfu is None and status.alarms == []
+    assert status.memory_gib and status.mfu is None
+    assert status.alarms and "all but uniform" in status.alarms[0]  # as ever after eight steps
     assert list((run / "tensorboard").glob("events.*"))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, 9))
