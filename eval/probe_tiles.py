@@ -1,8 +1,9 @@
 """The labelled tiles that a training is scored on while it runs: train and val, never test.
 
-They stand in a seeded order of whole groups of which every beginning is a small copy of the whole:
-each class of each split has its share. So a run that affords fewer tiles takes the first ones, the
-same at each of its probes.
+They stand in a seeded order of whole groups of which every beginning is a small set of its own:
+classes in proportion, and as many tiles of val as of train until val is used up, since what the
+scores of two checkpoints differ by is hidden by too few tiles of val. So a run that affords fewer
+tiles takes the first ones, the same at each of its probes.
 """
 
 from dataclasses import dataclass
@@ -62,11 +63,13 @@ def order_tiles(task: Task, seed: int, most: int = 0) -> ProbeTiles:
         most_frequent = int(np.bincount(task.labels[rows]).argmax())
         strata.setdefault((val, most_frequent), []).append(rows)
     generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    in_split = {val: sum(len(r) for (v, _), r in groups.items() if v == val) for val in (0, 1)}
     placed: list[tuple[float, list[int]]] = []
     for stratum in sorted(strata):
         members = [strata[stratum][i] for i in generator.permutation(len(strata[stratum]))]
         sizes = np.array([len(rows) for rows in members])
-        middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+        # where the group's middle lies in its class, as tiles of the split before it
+        middles = (np.cumsum(sizes) - sizes / 2) * (in_split[stratum[0]] / sizes.sum())
         placed += zip(middles.tolist(), members, strict=True)
     placed.sort(key=lambda entry: (entry[0], entry[1][0]))
     order = np.concatenate([rows for _, rows in placed])

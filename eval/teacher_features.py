@@ -7,6 +7,7 @@ the features. Legend: R ranks, B tiles a forward, D features.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class TeacherFeatures:
     @torch.no_grad()
     def _forward(self, teacher: Vit, images: Tensor) -> Tensor:
         # compiled blocks would be compiled anew for these sizes, which takes longer than the probe
-        stance = torch.compiler.set_stance("force_eager")
+        stance = torch.compiler.set_stance("force_eager") if teacher.compiled else nullcontext()
         autocast = torch.autocast(
             self._device.type, self._dtype, enabled=self._dtype != torch.float32
         )

@@ -6,7 +6,6 @@ take at most `max_share` of its time: the first probe finds out how many tiles t
 ones take the same tiles, and one that would take longer is left out.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,6 +35,9 @@ from eosin.pretrain.vit import Vit
 
 EMBEDDING_SHARE = 0.6
 """Of what the first probe may take, the part in which it embeds; the rest is for scoring."""
+
+FADING = 0.8
+"""What a slow probe counts less at each later one, in the guess of how long the next takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +250,7 @@ class TrainerProbe:
             self._budget.spend(began)
             return
         paths = self._tiles.paths[: self._n or len(self._tiles)]
-        deadline = math.inf if self._n else began + EMBEDDING_SHARE * left
+        deadline = began + left * (1.0 if self._n else EMBEDDING_SHARE)
         embedded = self._features(
             teacher,
             card,
@@ -256,10 +258,9 @@ class TrainerProbe:
             lambda: bool(agreed(int(self._budget.now() < deadline), self._world)),
         )
         n = self._n or self._tiles.first(embedded.count)
-        if n == 0:  # not even the least number of tiles
-            wanted = int(self._tiles.ends[0])
-            took = self._budget.spend(began)
-            self._seconds = took * wanted / max(embedded.count, 1) / EMBEDDING_SHARE
+        if embedded.count < n or n == 0:  # given up: not even the least number of tiles
+            wanted = (n or int(self._tiles.ends[0])) / max(embedded.count, 1)
+            self._seconds = self._budget.spend(began) * wanted / EMBEDDING_SHARE
             self._skip(card.steps)
             return
         self._n = n
@@ -270,23 +271,24 @@ class TrainerProbe:
         scores = None
         if embedded.features is not None:
             scores = score_features(embedded.features[: self._n], self._tiles, self._config.seed)
-        self._seconds = self._budget.spend(began)
+        took = self._budget.spend(began)
+        self._seconds = max(took, FADING * self._seconds)
         if self._lines is None or scores is None:
             return
         share = self._budget.share()
-        self._lines.write(step, probe_line(scores, self._n, self._digest, self._seconds, share))
+        self._lines.write(step, probe_line(scores, self._n, self._digest, took, share))
         print(
             f"probe at step {step}: kNN {scores.knn:.3f}, few-shot {scores.fewshot:.3f}, RankMe "
-            f"{scores.rankme:.1f} on {self._n} tiles in {self._seconds:.1f} s ({share:.1%} of the "
+            f"{scores.rankme:.1f} on {self._n} tiles in {took:.1f} s ({share:.1%} of the "
             "time so far)"
         )
 
     def _skip(self, step: int) -> None:
         if self._world.leads and not self._skipped:
             print(
-                f"no probe at step {step}: there is no time for one within max_share="
-                f"{self._config.max_share}; it is made up for when there is, and not said again "
-                "(fewer with probe.every, smaller with probe.max_tiles, or where=job)"
+                f"no probe at step {step}: within probe.max_share={self._config.max_share} there "
+                "is no time for one; later steps are probed where there is (said once; give a "
+                "larger probe.every, a smaller probe.max_tiles, or probe.where=job)"
             )
         self._skipped = True
 

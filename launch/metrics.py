@@ -94,16 +94,15 @@ class JsonLines:
     def __init__(self, path: Path, first_step: int) -> None:
         if path.is_file():
             write_bytes(path, b"".join(line + b"\n" for line in _kept(path, first_step)))
-        self._file = path.open("a")
+        self._path = path
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends one line and hands it to the operating system."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
     def close(self, failed: bool) -> None:
-        """Closes the file."""
-        self._file.close()
+        """There is nothing open."""
 
 
 def read_lines(path: Path, first_step: float = math.inf) -> list[dict[str, Any]]:
