@@ -20,6 +20,7 @@ from eosin.launch.bench import (
     report,
 )
 from eosin.launch.bench_sides import PARTS, FastStep, PlainStep, Side
+from eosin.launch.peak import known_peak
 from eosin.launch.process import (
     DeviceName,
     PrecisionName,
@@ -60,24 +61,6 @@ SETTLING = 2
 WHOLE = "whole"
 SIZES = {192: "T", 384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}
 MIB = 2**20
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "H200": 989,
-    "GH200": 989,
-    "H100": 989,
-    "H100 NVL": 835,
-    "H100 PCIe": 756,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "A10G": 70,
-    "RTX 6000 Ada": 364,
-    "RTX A6000": 155,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
-"""Dense bf16 with fp32 sums, by the makers' data sheets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,11 +371,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
     Of a known GPU in bf16 the data sheet's; elsewhere what a large product of matrices reaches.
     """
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
-        known = [name for name in PEAK_TFLOPS if set(name.split()) <= words]
-        if known:
-            return PEAK_TFLOPS[max(known, key=lambda name: len(name.split()))] * 1e12
+    if (known := known_peak(device, dtype)) is not None:
+        return known
     side = 8192 if device.type == "cuda" else 1024
     a = torch.ones(side, side, device=device, dtype=dtype)
     seconds = []
