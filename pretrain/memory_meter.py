@@ -16,11 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+COLLECTIVE_NAMESPACES = ("c10d", "fsdp")
+"""Of operators that move tensors between ranks, or pack them for it."""
+
+
 @dataclass
 class _Held:
     """One storage; its label may be given later than its bytes."""
 
     label: str
+    is_firm: bool = False
+    """Whether somebody said what it is."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class MemoryMeter(TorchDispatchMode):
     unless `label` gives it another one.
     """
 
+    resized: str = "resized"
+    """Label of storages that changed their size."""
+
     label_of: Callable[[Any, tuple[Any, ...], str], str] | None = None
     """(operator, its arguments, running part) → label of what it returns."""
     _part: str = ""
@@ -75,6 +84,8 @@ class MemoryMeter(TorchDispatchMode):
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             out = resize(storage, size)
             meter._see(storage, meter._part)
+            held = meter._live[storage._cdata][1]
+            held.label, held.is_firm = meter.resized, True
             return out
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
@@ -92,6 +103,8 @@ class MemoryMeter(TorchDispatchMode):
         """Runs the operation and looks at what it returns."""
         out = func(*args, **(kwargs or {}))
         label = self._part if self.label_of is None else self.label_of(func, args, self._part)
+        if label != self._part and func.namespace in COLLECTIVE_NAMESPACES:
+            self._relabel((args, kwargs), label)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 for storage in storages(leaf):
@@ -112,7 +125,8 @@ class MemoryMeter(TorchDispatchMode):
         for tensor in tensors:
             for storage in storages(tensor):
                 self._see(storage, label)
-                self._live[storage._cdata][1].label = label
+                held = self._live[storage._cdata][1]
+                held.label, held.is_firm = label, True
 
     def forget(self) -> None:
         """What happened so far: the highest moment is looked for from here on."""
@@ -144,6 +158,14 @@ class MemoryMeter(TorchDispatchMode):
             name = change.held.label
             labels[name] = labels.get(name, 0) + change.change
         return Peak(self._changes[at].part, {name: n for name, n in labels.items() if n})
+
+    def _relabel(self, arguments: Any, label: str) -> None:
+        """What a collective reads or writes, where nobody said what it is."""
+        for leaf in tree_leaves(arguments):
+            for storage in storages(leaf) if isinstance(leaf, Tensor) else ():
+                self._see(storage, label)
+                if not (held := self._live[storage._cdata][1]).is_firm:
+                    held.label = label
 
     def _see(self, storage: torch.UntypedStorage, label: str) -> None:
         key, size = storage._cdata, storage.nbytes()
