@@ -6,7 +6,7 @@ compiled ones keep less for the backward pass, about what `recompute=selective` 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,7 @@ def plan_step(
         plan = config.plan_of(world)
         number = largest_step(config, plan)
         step = PlannedStep(config, target, dtype, world, memory_bytes)
-        batch = blank_batch(plan, number)
-        return watch_step(step, [batch, batch])
+        return watch_step(step, blank_batch(plan, number))
 
 
 def largest_step(config: PretrainConfig, plan: BatchPlan) -> int:
@@ -185,6 +184,14 @@ class PlannedStep:
             modules=list(self.parts),
             world=world,
         )
+
+    def make_moments(self) -> None:
+        """What the first step leaves: moments, here of no gradient."""
+        for group in self.training.optimizer.param_groups:
+            for part in group["params"]:
+                part.grad = torch.zeros_like(part)
+        self.training.optimizer.step()
+        self.training.optimizer.zero_grad()
 
     def take(self, batch: Batch, watch: "StepWatch") -> None:
         """One step, as in `train.train`."""
@@ -332,19 +339,17 @@ class StepWatch:
         return part
 
 
-def watch_step(step: PlannedStep, batches: Sequence[Batch]) -> StepPlan:
-    """Memory and traffic of the last of the steps on `batches`; the first makes the moments.
+def watch_step(step: PlannedStep, batch: Batch) -> StepPlan:
+    """Memory and traffic of a step that is not the first.
 
     Args:
         step: within `no_values`, or on real tensors.
-        batches: two or more.
+        batch: of this rank.
     """
+    step.make_moments()
     with StepWatch(step) as watch:
-        watch.begin()
-        for batch in batches[:-1]:
-            step.take(batch, watch)
         state = watch.begin()
-        step.take(batches[-1], watch)
+        step.take(batch, watch)
     t = step.training
     seen = list(watch.traffic.seen)
     return StepPlan(t.layout.name, watch.memory.peak(), state, seen, step.state_bytes)

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,16 +32,21 @@ class Collective:
     """What was going on."""
     payload: int
     """Bytes of the whole tensor: that which is reduced, or that which is gathered."""
-    ranks: int
-    """That take part."""
+    members: tuple[int, ...]
+    """Ranks that take part."""
     dimensions: int
     """Of the tensor: layouts move flat memory, the objective rows."""
 
     @property
     def sent(self) -> float:
         """Bytes that a rank sends, and receives, by the ring algorithm."""
-        passes = 2 if self.kind == ALL_REDUCE else 1
-        return passes * self.payload * (self.ranks - 1) / self.ranks
+        passes, ranks = 2 if self.kind == ALL_REDUCE else 1, len(self.members)
+        return passes * self.payload * (ranks - 1) / ranks
+
+    def on_node(self, size: int) -> int:
+        """Members on the node of the first of them, where nodes have `size` ranks in a row."""
+        first = self.members[0] // size
+        return sum(rank // size == first for rank in self.members)
 
 
 class TrafficMeter(TorchDispatchMode):
@@ -49,6 +56,7 @@ class TrafficMeter(TorchDispatchMode):
         super().__init__()
         self.part = ""
         self.seen: list[Collective] = []
+        self._members: dict[str, tuple[int, ...]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -68,8 +76,12 @@ class TrafficMeter(TorchDispatchMode):
             raise NotImplementedError(f"the bytes that {name} moves are not counted")
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         groups = [a for a in args if isinstance(a, torch.ScriptObject)]
-        ranks = ProcessGroup.unbox(groups[0]).size()
+        group = ProcessGroup.unbox(groups[0]).group_name
+        if group not in self._members:
+            ranks = dist.get_process_group_ranks(_resolve_process_group(group))
+            self._members[group] = tuple(ranks)
         # of a gathering and a scattering the larger of two tensors is the whole
         whole = tensors if _KINDS[name] == ALL_REDUCE else [max(tensors, key=lambda t: t.numel())]
         size = sum(tensor.nbytes for tensor in whole)
-        self.seen.append(Collective(_KINDS[name], self.part, size, ranks, whole[0].dim()))
+        of = self._members[group]
+        self.seen.append(Collective(_KINDS[name], self.part, size, of, whole[0].dim()))
