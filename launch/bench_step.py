@@ -24,6 +24,7 @@ from eosin.launch.peak import known_peak
 from eosin.launch.process import (
     DeviceName,
     PrecisionName,
+    World,
     choose_device,
     choose_precision,
     usable_cores,
@@ -49,8 +50,8 @@ from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.optim import OptimConfig
 from eosin.pretrain.plain_step import check_plain
 from eosin.pretrain.prototype_kernels import LossKernelName
+from eosin.pretrain.rate import Rate
 from eosin.pretrain.recompute import Recompute
-from eosin.pretrain.train import Clock
 from eosin.pretrain.vit import VitConfig
 
 TOTAL_STEPS = 100_000
@@ -338,18 +339,18 @@ def step_rows(
 
 def data_row(config: BenchStepConfig, fast: FastStep, held_rate: float, steps: int) -> Row:
     """Our rate with the loader at work, against that on crops held in memory."""
-    clock = Clock()
-    stream = clock.waiting(_from_shards(config, steps + 1))
+    rate = Rate(config.training, fast.device, fast.dtype, World())
+    stream = rate.waiting(_from_shards(config, steps + 1))
     first = next(stream)  # waits until the workers are there
     fast.take(first, NoWatch())
     wait_for(fast.device)
-    clock.lap(config.batch_size)
+    rate.lap()
     for batch in stream:
         fast.take(batch, NoWatch())
     wait_for(fast.device)
-    figures = clock.lap(config.batch_size)
-    name = f"step data {config.name} waiting {100 * figures['data_wait']:.0f} %"
-    return more_is_better(name, "tiles/s", figures["tiles_per_s"], held_rate)
+    lap = rate.lap()
+    name = f"step data {config.name} waiting {100 * lap.data_wait:.0f} %"
+    return more_is_better(name, "tiles/s", lap.tiles_per_s, held_rate)
 
 
 def loss_memory_row(config: BenchStepConfig, device: torch.device) -> Row:

@@ -139,6 +139,14 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         options=("json",),
     ),
+    "doctor": Verb(
+        "eosin.launch.doctor",
+        "DoctorConfig",
+        "doctor",
+        "this machine: what eosin finds and would choose on it, and what to mend",
+        "eosin doctor folder=runs --json doctor.json",
+        options=("json",),
+    ),
 }
 
 FLAGS = """\
@@ -150,7 +158,11 @@ FLAGS = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Exit code 0: done; 1: the work failed; 2: bad usage, config or input."""
+    """Runs one verb.
+
+    Exit code 0: done; 1: the work failed; 2: bad usage, config or input; 75: it was interrupted,
+    and the same command goes on.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Spinning OpenMP threads make two busy processes on two cores five times slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -267,7 +279,8 @@ def _describe_os_error(error: OSError) -> str:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"eosin: {message}", file=sys.stderr)
+    rank = f"[rank {os.environ.get('RANK', '?')}]" if "WORLD_SIZE" in os.environ else ""
+    print(f"eosin{rank}: {message}", file=sys.stderr)
     return code
 
 

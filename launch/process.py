@@ -50,6 +50,19 @@ class World:
         if self.host is not None:
             dist.barrier(group=self.host)
 
+    def tell(self, text: str, end: str = "\n") -> None:
+        """Prints, on rank 0."""
+        if self.leads:
+            print(text, end=end, flush=True)
+
+    def total(self, number: int) -> int:
+        """The sum of a number over all ranks, on every rank."""
+        if self.host is None:
+            return number
+        summed = torch.tensor([number], dtype=torch.int64)
+        dist.all_reduce(summed, group=self.host)
+        return int(summed)
+
     def all_hosts(self) -> list[str]:
         """The host name of each rank, on every rank."""
         return [str(name) for name in self.gather(socket.gethostname())]
@@ -176,6 +189,13 @@ def choose_device(name: DeviceName) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory; None for a CPU, which has what the machine has."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def choose_precision(name: PrecisionName, device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""``status.json``: what a run is doing, in one small file that scripts and `eosin launch status` poll.
+"""``status.json``: what a run does, in one small file that scripts and `eosin launch status` poll.
 
 Rank 0 replaces it whole, at most every few seconds and at each change of state. A killed process
 cannot say so: a file whose `updated` is old belongs to a run that is gone, or stuck.
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from eosin.configs.errors import InputError
+from eosin.configs.errors import EosinError, InputError, InterruptedRunError, printable
 from eosin.launch.artefacts import SCHEMA_VERSION, read_json, write_json
 from eosin.launch.process import World
 
@@ -155,3 +155,17 @@ def _utc(seconds: float) -> str:
 def _finite(value: Any) -> Any:
     """NaN and Inf are no JSON."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def end_status(folder: Path, world: World, error: BaseException) -> None:
+    """Writes why a run ended into its status; nothing where it had not begun."""
+    try:
+        status = read_status(folder)
+        if status is None or not world.leads or status.pid != os.getpid():
+            return
+        state: State = "interrupted" if isinstance(error, InterruptedRunError) else "failed"
+        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        ended = replace(status, state=state, reason=reason, updated=_utc(time.time()))
+        write_json(folder / FILE, {"schema_version": SCHEMA_VERSION, **asdict(ended)})
+    except (OSError, EosinError):  # the error itself is what the user must see
+        return

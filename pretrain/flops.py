@@ -4,9 +4,8 @@ Products of matrices, convolution and attention are counted, a multiply-add as t
 two forwards (attention's recomputed scores are not counted, nor what checkpointing computes again).
 `nominal_flops` is the step with nothing left out: what `plain_step` executes. `executed_flops`
 leaves out what the product leaves out: the branches that drop-path skips, and the rows of the last
-block that nothing reads. Legend: B samples, V global views, L local views, C global crops, N patches
-of a crop, T tokens of a stream, M masked patches, K prototypes, D width, Db bottleneck, W width of
-the I-JEPA predictor.
+block that nothing reads. Legend: B samples, V global views, L local views, N patches of a crop, T
+tokens of a stream, M masked patches, K prototypes, D width, Db bottleneck.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """What one rank holds of a tensor that may lie in shards over several (DTensor)."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
@@ -28,3 +29,13 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
         stride=tensor.stride(),
     )
     return whole
+
+
+@torch.no_grad()
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's whole tensors on the CPU, gathered one by one; every rank comes here."""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        state[name] = whole.detach().to("cpu", copy=True)
+    return state

@@ -103,7 +103,15 @@ def build_optimizer(student: nn.Module, depth: int, config: OptimConfig) -> torc
     for name, parameter in student.named_parameters():
         members.setdefault(group_key(name, depth, config), []).append(local(parameter))
     groups = [{"params": params, "key": key} for key, params in members.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    for group in optimizer.param_groups:
+        for part in group["params"]:  # at once, so that a checkpoint has a place to be loaded to
+            optimizer.state[part] = {
+                "step": torch.zeros((), device=part.device),
+                "exp_avg": torch.zeros_like(part),
+                "exp_avg_sq": torch.zeros_like(part),
+            }
+    return optimizer
 
 
 def set_rates(

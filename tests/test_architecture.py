@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "launch", "data_curation", "pretrain", "eval")
 # Lower layers first; a file may import its own layer and those before it.
 LAYERS = ("configs", "launch-base", "data_curation", "pretrain", "eval", "launch-top")
-LAUNCH_TOP = {"cli", "demo", "plan", "doctor"}  # and all that is called bench…
+LAUNCH_TOP = {"cli", "demo", "plan", "doctor"}  # and all that is called bench… or check…
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "core", "base", "manager", "factory"}
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -19,7 +19,7 @@ def layer_of(module: str) -> str:
     _, folder, *rest = module.split(".")
     if folder != "launch":
         return folder
-    top = bool(rest) and (rest[0] in LAUNCH_TOP or rest[0].startswith("bench"))
+    top = bool(rest) and (rest[0] in LAUNCH_TOP or rest[0].startswith(("bench", "check")))
     return "launch-top" if top else "launch-base"
 
 
