@@ -40,10 +40,10 @@ from eosin.pretrain.steps import BatchPlan
 from eosin.pretrain.traffic_meter import Collective, TrafficMeter
 from eosin.pretrain.valueless import (
     TargetDevice,
+    as_first_rank,
     kernels_of,
     no_processes,
     no_values,
-    with_values,
 )
 
 WEIGHTS = "weights"
@@ -165,10 +165,12 @@ class PlannedStep:
         parameters = sum(p.numel() for p in model.student.parameters())
         name = choose_parallel(config.parallel, world, parameters, memory_bytes)
         layout: Any
-        if name == "ddp" and next(model.parameters()).is_cpu and detect_fake_mode() is not None:
+        if detect_fake_mode() is None:
+            layout = Layout(model, name, world, dtype, config.shard_ranks)
+        elif name == "ddp":
             layout = Replicas(model, world)
         else:
-            with with_values():  # the numbers of ranks are looked at
+            with as_first_rank():
                 layout = Layout(model, name, world, dtype, config.shard_ranks)
         device = torch.device("cpu")
         optimizer = build_optimizer(model.student, config.model.depth, config.optim)

@@ -35,8 +35,7 @@ TargetDevice: TypeAlias = Literal["cuda", "cpu"]
 def no_values(target: TargetDevice) -> Iterator[None]:
     """Within it new tensors have sizes alone; what is made from arrays may take part."""
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        # of a copied module: torch looks whether the memory is there
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        warnings.simplefilter("ignore")  # of memory that is not there; the rest is for who trains
         with _HostReads(), _Stand(like_cuda=target == "cuda"):
             yield
 
@@ -45,6 +44,17 @@ def no_values(target: TargetDevice) -> Iterator[None]:
 def with_values() -> Iterator[None]:
     """Real tensors again, inside `no_values`."""
     with _disable_current_modes():
+        yield
+
+
+@contextmanager
+def as_first_rank() -> Iterator[None]:
+    """Where a layout is made of tensors without values: the numbers of ranks have their values.
+
+    Of what a tensor is cut into, the first rank's piece alone is made: a thousand ranks would cost
+    minutes.
+    """
+    with with_values(), _FirstPiece():
         yield
 
 
@@ -148,6 +158,20 @@ class _HostReads(TorchDispatchMode):
         if func is aten._fused_sgd_.default:
             return None  # it changes its arguments alone, and has no form without values
         return func(*args, **(kwargs or {}))
+
+
+class _FirstPiece(TorchFunctionMode):
+    """`torch.chunk` of which all pieces but the first are empty."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs every other call."""
+        if func is not torch.chunk:
+            return func(*args, **(kwargs or {}))
+        (tensor, pieces), dim = args[:2], (kwargs or {}).get("dim", 0)
+        first = tensor.narrow(dim, 0, -(-tensor.shape[dim] // pieces))
+        return (first, *[first.new_empty(0)] * (pieces - 1))
 
 
 class _Stand(TorchFunctionMode):
