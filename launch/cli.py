@@ -96,7 +96,7 @@ VERBS: dict[str, Verb] = {
         "PlanConfig",
         "plan",
         "a training's memory, traffic, time and cost on any number of GPUs, before it runs",
-        "eosin plan --config pretrain/eosin --config size/giant batch_size=32768 gpus=1024 gpu=H100",
+        "eosin plan --config pretrain/eosin --config size/large batch_size=2048 gpus=64 gpu=A100",
         options=("json",),
     ),
     "export": Verb(

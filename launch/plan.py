@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eosin.configs.errors import ConfigError
 from eosin.launch.artefacts import write_text
 from eosin.launch.cards import Card, card_called
 from eosin.launch.process import World
@@ -83,7 +82,7 @@ class PlanConfig(PretrainConfig):
     tiles: int = 0
     """In the shards; 0: as many as the run sees, each once."""
     tile_kb: float = 25
-    """Bytes of an encoded tile in thousands: 25 for 256 px of JPEG, about four times that for 512."""
+    """Bytes of an encoded tile in thousands: 25 for a JPEG of 256 px, some 100 for one of 512."""
     shard_records: int = 2048
     """Tiles in a shard."""
     core_tiles: float = 0
@@ -366,7 +365,7 @@ def report(config: PlanConfig, p: Plan) -> Iterator[str]:
         f"({p.hardware_gflops_of_tile:,.1f} with what the losses compute again; "
         f"{p.nominal_gflops_of_tile:,.1f} with nothing left out)"
     )
-    yield f"\nmemory of a GPU at the peak, GiB (eager; blocks that are compiled keep less)"
+    yield "\nmemory of a GPU at the peak, GiB (eager; blocks that are compiled keep less)"
     for name, size in sorted(p.memory_gib.items(), key=lambda item: -item[1]):
         if size >= 0.0005:
             yield f"  {name:<26}{size:>9.2f}"
@@ -382,8 +381,8 @@ def report(config: PlanConfig, p: Plan) -> Iterator[str]:
                 + ("" if flow.is_hidden else "  waited for")
             )
     yield (
-        f"\nstep        {1000 * p.step_s:,.0f} ms: {1000 * p.compute_s:,.0f} of products at an MFU of "
-        f"{config.mfu:.0%} ({card.tflops:g} TFLOP/s at most), "
+        f"\nstep        {1000 * p.step_s:,.0f} ms: {1000 * p.compute_s:,.0f} of products at an "
+        f"MFU of {config.mfu:.0%} ({card.tflops:g} TFLOP/s at most), "
         f"{1000 * p.hidden_traffic_s:,.0f} of traffic beside them, "
         f"{1000 * p.waited_traffic_s:,.1f} waited for"
     )
@@ -393,8 +392,8 @@ def report(config: PlanConfig, p: Plan) -> Iterator[str]:
         f"{config.price:g} an hour, {p.kwh:,.0f} kWh at {card.watts:g} W a GPU"
     )
     yield (
-        f"\ntiles       {p.tiles_seen:,} seen, {p.epochs:.2f} times {p.tiles:,} in {p.shards:,} shards: "
-        f"{p.shards_tb:,.3f} TB at {config.tile_kb:g} kB"
+        f"\ntiles       {p.tiles_seen:,} seen, {p.epochs:.2f} times {p.tiles:,} in "
+        f"{p.shards:,} shards: {p.shards_tb:,.3f} TB at {config.tile_kb:g} kB"
     )
     yield (
         f"of a node   {p.read_mb_per_s_of_node:,.0f} MB/s read, {math.ceil(p.cores_of_node)} CPU "

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
 COLLECTIVE_NAMESPACES = ("c10d", "fsdp")
 """Of operators that move tensors between ranks, or pack them for it."""
 

@@ -86,7 +86,7 @@ class StepPlan:
     collectives: list[Collective]
     """Of the step, in order."""
     state_bytes: int
-    """Of all that a checkpoint holds, on all ranks together: weights, teachers, moments, buffers."""
+    """Of a checkpoint, all ranks together: weights, teachers, moments, buffers."""
 
 
 def plan_step(
@@ -106,7 +106,7 @@ def plan_step(
         dtype: of the matrix products.
         ranks: that share the batch.
         on_node: of them on one node.
-        memory_bytes: of a device, by which ``parallel=auto`` chooses; None where it does not matter.
+        memory_bytes: of a device, by which ``parallel=auto`` chooses; None: it does not matter.
 
     Raises:
         ConfigError: a layout that so many ranks do not allow, or a batch that they cannot share.

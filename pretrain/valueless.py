@@ -185,6 +185,9 @@ class _Stand(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Runs the call, or what stands for it."""
+        if func is Tensor.backward:  # in which blocks are computed again
+            with self:
+                return func(*args, **(kwargs or {}))
         if func is Tensor.numpy:  # of a real tensor, which is not to become a fake one on the way
             with with_values():
                 return func(*args, **(kwargs or {}))
