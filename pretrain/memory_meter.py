@@ -87,7 +87,7 @@ class MemoryMeter(TorchDispatchMode):
             held.label, held.is_firm = meter.resized, True
             return out
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
         super().__enter__()
         return self
 

@@ -40,6 +40,7 @@ from eosin.pretrain.steps import BatchPlan
 from eosin.pretrain.traffic_meter import Collective, TrafficMeter
 from eosin.pretrain.valueless import (
     TargetDevice,
+    as_autocast_on_cuda,
     as_first_rank,
     kernels_of,
     no_processes,
@@ -111,7 +112,7 @@ def plan_step(
     Raises:
         ConfigError: a layout that so many ranks do not allow, or a batch that they cannot share.
     """
-    with no_processes(ranks, on_node) as world, no_values(target):
+    with no_processes(ranks, on_node) as world, no_values():
         plan = config.plan_of(world)
         number = largest_step(config, plan)
         step = PlannedStep(config, target, dtype, world, memory_bytes)
@@ -160,6 +161,8 @@ class PlannedStep:
             world.group,
         )  # fmt: skip
         model.student.backbone.recompute(config.recompute)
+        if target == "cuda" and detect_fake_mode() is not None:
+            as_autocast_on_cuda(model)
         self.state_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         self.state_bytes += 2 * sum(p.nbytes for p in model.student.parameters())  # moments
         parameters = sum(p.numel() for p in model.student.parameters())

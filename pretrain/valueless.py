@@ -2,18 +2,18 @@
 
 All tensors are on the CPU, whatever the target: torch without CUDA cannot follow gradients on
 others. For a GPU, the attention and loss kernels have the shapes of those that a GPU gets, and
-autocast is brought to give what it gives there.
+what autocast does otherwise there is done by `as_autocast_on_cuda`.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,17 +26,18 @@ from eosin.pretrain.attention import (
     sdpa_attention,
     xformers_attention,
 )
+from eosin.pretrain.block import LayerScale
 from eosin.pretrain.prototype_kernels import LossKernelName, LossKernels, PlainKernels
 
 TargetDevice: TypeAlias = Literal["cuda", "cpu"]
 
 
 @contextmanager
-def no_values(target: TargetDevice) -> Iterator[None]:
+def no_values() -> Iterator[None]:
     """Within it new tensors have sizes alone; what is made from arrays may take part."""
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")  # of memory that is not there; the rest is for who trains
-        with _HostReads(), _Stand(like_cuda=target == "cuda"):
+        with _HostReads(), _HostLists():
             yield
 
 
@@ -92,6 +93,24 @@ def kernels_of(
         xformers_attention if sixteen_bit and attention != "sdpa" else sdpa_attention,
         StreamedShapes(dtype) if sixteen_bit and losses != "plain" else PlainKernels(dtype),
     )
+
+
+def as_autocast_on_cuda(model: nn.Module) -> None:
+    """Brings residual branches to the stream's type before they are added.
+
+    There autocast does so for `torch.addcmul`, which keeps them for the backward pass; the CPU's
+    kernel takes both types as they come.
+    """
+
+    def widened(add: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(x: Tensor, branch: Tensor, rows: Tensor | None, scale: float) -> Tensor:
+            return add(x, branch.to(x.dtype) if rows is None else branch, rows, scale)
+
+        return forward
+
+    for module in model.modules():
+        if isinstance(module, LayerScale):
+            module.forward = widened(module.forward)
 
 
 @dataclass(frozen=True)
@@ -174,20 +193,13 @@ class _FirstPiece(TorchFunctionMode):
         return (first, *[first.new_empty(0)] * (pieces - 1))
 
 
-class _Stand(TorchFunctionMode):
-    """Stands in where the host would read tensors, and where CUDA's autocast is not the CPU's."""
-
-    def __init__(self, *, like_cuda: bool) -> None:
-        super().__init__()
-        self.like_cuda = like_cuda
+class _HostLists(TorchFunctionMode):
+    """Stands in where the host would read whole tensors."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Runs the call, or what stands for it."""
-        if func is Tensor.backward:  # in which blocks are computed again
-            with self:
-                return func(*args, **(kwargs or {}))
         if func is Tensor.numpy:  # of a real tensor, which is not to become a fake one on the way
             with with_values():
                 return func(*args, **(kwargs or {}))
@@ -195,6 +207,4 @@ class _Stand(TorchFunctionMode):
             # the weights of pairs of views: no view is its own target
             students, teachers = args[0].shape
             return [[float(s != t) for t in range(teachers)] for s in range(students)]
-        if func is torch.addcmul and self.like_cuda and torch.is_autocast_enabled("cpu"):
-            args = tuple(a.float() for a in args)  # to the widest type, which the residual has
         return func(*args, **(kwargs or {}))

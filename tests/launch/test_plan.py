@@ -154,7 +154,7 @@ def test_shards_of_hybrid_are_those_of_its_copies() -> None:
     sharded = plan_step(config_of(*sizes, "parallel=fsdp"), "cpu", torch.float32, ranks=8)
     both = plan_step(config_of(*sizes, "parallel=hybrid"), "cpu", torch.float32, ranks=8, on_node=4)
     assert both.state["weights"] == pytest.approx(whole.state["weights"] / 4, rel=0.02)
-    assert sharded.state["weights"] == pytest.approx(whole.state["weights"] / 8, rel=0.04)
+    assert sharded.state["weights"] == pytest.approx(whole.state["weights"] / 8, rel=0.06)
     members = {(one.kind, one.members) for one in both.collectives if one.part == "backward"}
     assert (REDUCE_SCATTER, (0, 1, 2, 3)) in members and (ALL_REDUCE, (0, 4)) in members
     assert (ALL_GATHER, (0, 1, 2, 3)) in members
