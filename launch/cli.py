@@ -91,6 +91,14 @@ VERBS: dict[str, Verb] = {
         "eosin pretrain --config pretrain/smoke shards=curated/shards out=runs/first",
         plan="plan",
     ),
+    "plan": Verb(
+        "eosin.launch.plan",
+        "PlanConfig",
+        "plan",
+        "a training's memory, traffic, time and cost on any number of GPUs, before it runs",
+        "eosin plan --config pretrain/eosin --config size/large batch_size=2048 gpus=64 gpu=A100",
+        options=("json",),
+    ),
     "export": Verb(
         "eosin.pretrain.export",
         "ExportConfig",

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,6 +28,8 @@ def materialise(build: Callable[[], M], seed: int) -> M:
         ValueError: parameters or buffers are still NaN, by name; or are not floating point, so
             that nothing could show it.
     """
+    if detect_fake_mode() is not None:  # tensors without values (`memory_plan`): nothing to draw
+        return build()
     with torch.device("meta"):
         module = build()
     initialise = getattr(module, "initialise", None)
