@@ -7,7 +7,6 @@ the step that training goes on from are dropped, so there is neither a gap nor a
 import importlib.metadata
 import json
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
@@ -16,6 +15,7 @@ import yaml
 from eosin.configs.errors import ConfigError
 from eosin.configs.load import as_plain, to_yaml
 from eosin.launch.artefacts import stamp_of, write_bytes, write_json, write_text
+from eosin.launch.snapshot import read_commit
 
 WandbMode: TypeAlias = Literal["disabled", "offline", "online"]
 
@@ -78,25 +78,8 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "packages": versions,
-        "git_commit": git_commit(),
+        "git_commit": read_commit(),
     }
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 class Metrics:
