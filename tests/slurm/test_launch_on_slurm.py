@@ -164,7 +164,7 @@ def test_a_cancelled_launch_stays_away(cluster: Cluster, shards: Path, tmp_path:
     assert "has the same 'pretrain' in the queue" in again
     cluster.run(*EOSIN, "launch", "cancel", str(training.folder))
     wait_for(lambda: cluster.idle_nodes() == 2, 60, "idle nodes", training.log)
-    assert cluster.state(training.job) == "CANCELLED"
+    wait_for(lambda: cluster.state(training.job) == "CANCELLED", 30, "CANCELLED")
     assert f"{training.job}  pretrain: cancelled" in cluster.status(training.folder)
 
 
