@@ -42,8 +42,9 @@ from eosin.launch.bench_pipelines import (
     stream_tiles,
 )
 from eosin.launch.bench_stages import STAGES, OurStages, PillowStages, Stages
-from eosin.launch.bench_step import PEAK_TFLOPS, SIZES, BenchStepConfig, step_shape
+from eosin.launch.bench_step import SIZES, BenchStepConfig, step_shape
 from eosin.launch.bench_tiles import SECTION_PX, made_up_shards
+from eosin.launch.peak import PEAK_TFLOPS
 from eosin.launch.process import DeviceName, choose_device
 from eosin.launch.stopwatch import seconds_now, wait_for
 from eosin.pretrain.augment import AugmentConfig

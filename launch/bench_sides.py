@@ -15,11 +15,13 @@ from eosin.launch.stopwatch import NoWatch, Watch, watched
 from eosin.pretrain.batch import Batch, Inputs
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Losses
+from eosin.pretrain.gradients import forward
 from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
 from eosin.pretrain.plain_step import PlainDistiller, clip
 from eosin.pretrain.positions import Jitter
+from eosin.pretrain.rates import Rates
+from eosin.pretrain.setup import set_up
 from eosin.pretrain.step_guard import StepGuard
-from eosin.pretrain.train import Rates, build_model, forward
 
 INPUTS = "inputs"
 TEACHER = "teacher"
@@ -62,8 +64,9 @@ class FastStep:
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self.inputs = Inputs(device, config.mean, config.std)
-        self.model, self.choices = build_model(config, device, dtype)
-        self.optimizer = build_optimizer(self.model.student, config.model.depth, config.optim)
+        self.training = set_up(config, device, dtype)
+        self.model, self.optimizer = self.training.model, self.training.optimizer
+        self.choices = self.training.choices
         self.parts = dict(self.model.student.named_children())
         self.guard = StepGuard(
             folder / "bad_steps.jsonl",

@@ -20,9 +20,11 @@ from eosin.launch.bench import (
     report,
 )
 from eosin.launch.bench_sides import PARTS, FastStep, PlainStep, Side
+from eosin.launch.peak import known_peak
 from eosin.launch.process import (
     DeviceName,
     PrecisionName,
+    World,
     choose_device,
     choose_precision,
     usable_cores,
@@ -48,8 +50,8 @@ from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.optim import OptimConfig
 from eosin.pretrain.plain_step import check_plain
 from eosin.pretrain.prototype_kernels import LossKernelName
+from eosin.pretrain.rate import Rate
 from eosin.pretrain.recompute import Recompute
-from eosin.pretrain.train import Clock
 from eosin.pretrain.vit import VitConfig
 
 TOTAL_STEPS = 100_000
@@ -60,24 +62,6 @@ SETTLING = 2
 WHOLE = "whole"
 SIZES = {192: "T", 384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}
 MIB = 2**20
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "H200": 989,
-    "GH200": 989,
-    "H100": 989,
-    "H100 NVL": 835,
-    "H100 PCIe": 756,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "A10G": 70,
-    "RTX 6000 Ada": 364,
-    "RTX A6000": 155,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
-"""Dense bf16 with fp32 sums, by the makers' data sheets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,18 +339,18 @@ def step_rows(
 
 def data_row(config: BenchStepConfig, fast: FastStep, held_rate: float, steps: int) -> Row:
     """Our rate with the loader at work, against that on crops held in memory."""
-    clock = Clock()
-    stream = clock.waiting(_from_shards(config, steps + 1))
+    rate = Rate(config.training, fast.device, fast.dtype, World())
+    stream = rate.waiting(_from_shards(config, steps + 1))
     first = next(stream)  # waits until the workers are there
     fast.take(first, NoWatch())
     wait_for(fast.device)
-    clock.lap(config.batch_size)
+    rate.lap()
     for batch in stream:
         fast.take(batch, NoWatch())
     wait_for(fast.device)
-    figures = clock.lap(config.batch_size)
-    name = f"step data {config.name} waiting {100 * figures['data_wait']:.0f} %"
-    return more_is_better(name, "tiles/s", figures["tiles_per_s"], held_rate)
+    lap = rate.lap()
+    name = f"step data {config.name} waiting {100 * lap.data_wait:.0f} %"
+    return more_is_better(name, "tiles/s", lap.tiles_per_s, held_rate)
 
 
 def loss_memory_row(config: BenchStepConfig, device: torch.device) -> Row:
@@ -388,11 +372,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
     Of a known GPU in bf16 the data sheet's; elsewhere what a large product of matrices reaches.
     """
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
-        known = [name for name in PEAK_TFLOPS if set(name.split()) <= words]
-        if known:
-            return PEAK_TFLOPS[max(known, key=lambda name: len(name.split()))] * 1e12
+    if (known := known_peak(device, dtype)) is not None:
+        return known
     side = 8192 if device.type == "cuda" else 1024
     a = torch.ones(side, side, device=device, dtype=dtype)
     seconds = []

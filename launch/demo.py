@@ -31,12 +31,12 @@ from eosin.eval.results import load_results
 from eosin.eval.run import EvalConfig, evaluate
 from eosin.eval.tasks import TaskConfig
 from eosin.launch.artefacts import write_text
+from eosin.launch.process import World
 from eosin.launch.progress import format_seconds
-from eosin.launch.run_dir import check_unchanged
-from eosin.pretrain.checkpoint import list_checkpoints
-from eosin.pretrain.config import MAY_CHANGE, PretrainConfig
+from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.export import ExportConfig, export
 from eosin.pretrain.preview import preview
+from eosin.pretrain.resume import refuse_changes
 from eosin.pretrain.train import pretrain
 
 TILE_MPP = 1.0
@@ -106,8 +106,7 @@ def demo(config: DemoConfig) -> None:
     started = time.monotonic()
     out = config.out
     recipe = config.training
-    if list_checkpoints(recipe.out / "checkpoints"):
-        check_unchanged(recipe.out, recipe, MAY_CHANGE)  # before its slides are drawn over
+    refuse_changes(recipe, World())  # before its slides are drawn over
     slides = write_slides(out / "slides", config.drawing, workers=0)
     splits = assign_splits(slides, config)
     seen = [path for path in slides if splits[path] != "test"]

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from eosin.configs.errors import ConfigError, EosinError
 
@@ -36,7 +37,7 @@ class World:
     """For tensors on the devices: NCCL on GPUs, gloo on CPUs. None for one process alone."""
     host: dist.ProcessGroup | None = None
     """For what stays on the hosts: gloo. None for one process alone."""
-    store: dist.Store | None = None
+    store: Store | None = None
     """Shared key-value store, kept by rank 0. None for one process alone."""
 
     @property
@@ -48,6 +49,19 @@ class World:
         """Waits for all ranks."""
         if self.host is not None:
             dist.barrier(group=self.host)
+
+    def tell(self, text: str, end: str = "\n") -> None:
+        """Prints, on rank 0."""
+        if self.leads:
+            print(text, end=end, flush=True)
+
+    def total(self, number: int) -> int:
+        """The sum of a number over all ranks, on every rank."""
+        if self.host is None:
+            return number
+        summed = torch.tensor([number], dtype=torch.int64)
+        dist.all_reduce(summed, group=self.host)
+        return int(summed)
 
     def all_hosts(self) -> list[str]:
         """The host name of each rank, on every rank."""
@@ -102,9 +116,9 @@ def join_world(device: torch.device, timeout_s: float) -> Iterator[World]:
     store = _meet(rank, size, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    try:
+    with _left_in_good_order():
         group = dist.group.WORLD
-        host = group if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+        host = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(group, dist.ProcessGroup) and isinstance(host, dist.ProcessGroup)
         yield World(
             rank=rank,
@@ -115,11 +129,16 @@ def join_world(device: torch.device, timeout_s: float) -> Iterator[World]:
             host=host,
             store=store,
         )
-    finally:
-        dist.destroy_process_group()
 
 
-def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+@contextmanager
+def _left_in_good_order() -> Iterator[None]:
+    """Ends the process groups; not after an error, when that may wait for a rank that is gone."""
+    yield
+    dist.destroy_process_group()
+
+
+def _meet(rank: int, size: int, timeout: timedelta) -> Store:
     """The store at MASTER_ADDR, once every rank has said there that it came.
 
     Raises:
@@ -130,7 +149,7 @@ def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     prefix = f"eosin/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        store: dist.Store = dist.TCPStore(
+        store: Store = TCPStore(
             address, port, size, is_master=rank == 0 and not agent, timeout=timeout,
             wait_for_workers=False,
         )  # fmt: skip
@@ -139,7 +158,7 @@ def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
             f"rank {rank} cannot reach rank 0 at {address}:{port} within "
             f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]})"
         ) from error
-    store = dist.PrefixStore(prefix, store)
+    store = PrefixStore(prefix, store)
     store.set(f"came/{rank}", socket.gethostname())
     try:
         store.wait([f"came/{other}" for other in range(size)], timeout)
@@ -170,6 +189,13 @@ def choose_device(name: DeviceName) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory; None for a CPU, which has what the machine has."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def choose_precision(name: PrecisionName, device: torch.device) -> torch.dtype:

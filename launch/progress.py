@@ -1,7 +1,9 @@
 """Progress of long work: a bar in a terminal, plain lines elsewhere, always rate and time left."""
 
+import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Self, TextIO
 
 from rich.console import Console
@@ -20,21 +22,28 @@ class Meter:
         unit: plural noun of what is counted, e.g. ``slides``.
         done: units that an earlier call had finished; they count, but not towards the rate.
         stream: where lines go; standard error by default.
+        shown: False on the ranks that do not print.
     """
 
     def __init__(
-        self, label: str, total: int, unit: str, done: int = 0, stream: TextIO | None = None
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        done: int = 0,
+        stream: TextIO | None = None,
+        shown: bool = True,
     ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = self._start_done = done
         self.note = ""
-        self._stream = stream or sys.stderr
+        self._stream, self._shown = stream or sys.stderr, shown
         self._started = self._printed = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> Self:
-        if self._stream.isatty():
+        if self._shown and self._stream.isatty():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -64,17 +73,79 @@ class Meter:
         """Units per second since this meter was made."""
         return (self.done - self._start_done) / max(time.monotonic() - self._started, 1e-9)
 
+    def seconds_left(self) -> float:
+        """At the rate so far; NaN while there is none."""
+        rate = self.rate()
+        return (self.total - self.done) / rate if rate > 0 else math.nan
+
     def line(self) -> str:
         """One line: done of total, rate, time left, note."""
-        rate = self.rate()
-        left = format_seconds((self.total - self.done) / rate) if rate > 0 else "?"
-        shown = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
-        text = f"{self.done}/{self.total} {self.unit} · {shown} {self.unit}/s · {left} left"
+        rate = _three_digits(self.rate())
+        text = f"{self.done}/{self.total} {self.unit} · {rate} {self.unit}/s · {self._left()}"
         return f"{text} · {self.note}" if self.note else text
+
+    def _left(self) -> str:
+        seconds = self.seconds_left()
+        return f"{'?' if math.isnan(seconds) else format_seconds(seconds)} left"
 
     def _print(self) -> None:
         self._printed = time.monotonic()
-        print(f"{self.label}: {self.line()}", file=self._stream, flush=True)
+        if self._shown:
+            print(f"{self.label}: {self.line()}", file=self._stream, flush=True)
+
+
+class StepMeter(Meter):
+    """Steps of a training, with the figures of the last log step in the line.
+
+    The first step of a process compiles and starts workers: the rate is counted from its end on.
+
+    Args:
+        label: as of `Meter`.
+        steps: in all.
+        done: steps that earlier processes took.
+        stream: as of `Meter`.
+        shown: as of `Meter`.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        steps: int,
+        done: int = 0,
+        stream: TextIO | None = None,
+        shown: bool = True,
+    ) -> None:
+        super().__init__(label, steps, "steps", done, stream, shown)
+        self.figures: Mapping[str, float] = {}
+        """``loss`` and what `pretrain.rate.Lap.values` gives; what is missing is not shown."""
+        self._settled = False
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Counts `units` more steps as done."""
+        super().advance(units, note)
+        if not self._settled:
+            self._started, self._start_done, self._settled = time.monotonic(), self.done, True
+
+    def line(self) -> str:
+        """One line: step, loss, tiles a second, MFU, data wait, memory, time left, note."""
+        parts = [f"step {self.done}/{self.total}"]
+        known = self.figures
+        parts += [show(known[name]) for name, show in _FIGURES.items() if name in known]
+        parts += [self._left(), *([self.note] if self.note else [])]
+        return " · ".join(parts)
+
+
+_FIGURES = {
+    "loss": lambda value: f"loss {value:.3f}",
+    "tiles_per_s": lambda value: f"{_three_digits(value)} tiles/s",
+    "mfu": lambda value: f"MFU {value:.1%}",
+    "data_wait": lambda value: f"data wait {value:.0%}",
+    "memory_gib": lambda value: f"{_three_digits(value)} GiB",
+}
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -49,6 +49,25 @@ class Batch:
     damaged: Mapping[int, str]
     """Row and reason of each damaged record that was met here for the first time in this call."""
 
+    def split(self, parts: int) -> list["Batch"]:
+        """The batch in so many parts, samples in order; what is damaged stays with the whole."""
+        if parts == 1:
+            return [self]
+        size = len(self.rows) // parts
+        masks = self.masks.reshape(-1, len(self.rows), self.masks.shape[-1])  # [V, B, N]
+        split = []
+        for start in range(0, len(self.rows), size):
+            these = slice(start, start + size)
+            if isinstance(self.images, Tiles):
+                images: Crops | Tiles = self.images._replace(
+                    pixels=self.images.pixels[these], parameters=self.images.parameters[:, these]
+                )
+            else:
+                images = Crops(*(group[:, these] for group in self.images))
+            seen = masks[:, these].reshape(-1, masks.shape[-1])
+            split.append(Batch(self.step, images, seen, self.rows[these], {}))
+        return split
+
     def pin_memory(self) -> Self:
         """The batch in page-locked memory, from which a copy to the GPU needs no wait."""
         images = self.images

@@ -6,13 +6,15 @@ on every rank, so a rank without rows (no masked patch) calls it with the same s
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Collective = Callable[[Tensor], Tensor]
+Collective: TypeAlias = Callable[[Tensor], Tensor]
+LogSumOverRanks: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
+"""Log-sum-exp of each entry over the ranks, given what bounds it on all of them, or None."""
 
 
 def identity(x: Tensor) -> Tensor:
@@ -22,14 +24,22 @@ def identity(x: Tensor) -> Tensor:
 
 def sum_over_ranks(group: dist.ProcessGroup | None) -> Collective:
     """Elementwise sum, any shape, equal on all ranks; carries no gradient."""
+    return _reduce(group, dist.ReduceOp.SUM)
 
+
+def max_over_ranks(group: dist.ProcessGroup | None) -> Collective:
+    """Elementwise maximum, any shape, equal on all ranks; carries no gradient."""
+    return _reduce(group, dist.ReduceOp.MAX)
+
+
+def _reduce(group: dist.ProcessGroup | None, operation: Any) -> Collective:
     @torch.no_grad()
-    def total(x: Tensor) -> Tensor:
+    def reduced(x: Tensor) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, dist.ReduceOp.SUM, group=group)
+        dist.all_reduce(out, operation, group=group)
         return out
 
-    return identity if group is None else total
+    return identity if group is None else reduced
 
 
 def mean_over_ranks(group: dist.ProcessGroup | None) -> Collective:
@@ -43,23 +53,29 @@ def mean_over_ranks(group: dist.ProcessGroup | None) -> Collective:
     return lambda x: total(x) / ranks
 
 
-def lse_over_ranks(group: dist.ProcessGroup | None) -> Collective:
+def lse_over_ranks(group: dist.ProcessGroup | None) -> LogSumOverRanks:
     """Elementwise log Σ_ranks exp(x), any shape, floating; carries no gradient.
 
-    The maximum over the ranks is taken out first, so no x overflows. A rank without rows gives
-    -inf, the logarithm of its empty sum, and changes nothing; -inf everywhere stays -inf.
+    What bounds the sum is taken out first, so no x overflows: a bound that is given, equal on all
+    ranks and close enough that exp(x - bound) is a number, or the maximum over the ranks, which
+    takes a second exchange. A rank without rows gives -inf, the logarithm of its empty sum, and
+    changes nothing; -inf everywhere stays -inf.
     """
 
     @torch.no_grad()
-    def log_total(x: Tensor) -> Tensor:
-        top = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        top = torch.where(torch.isneginf(top), 0.0, top)  # -inf less -inf would be NaN
+    def log_total(x: Tensor, bound: Tensor | None = None) -> Tensor:
+        if group is None:
+            return x
+        top = bound
+        if top is None:
+            top = x.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+            top = torch.where(torch.isneginf(top), 0.0, top)  # -inf less -inf would be NaN
         scaled = (x - top).exp()
         dist.all_reduce(scaled, dist.ReduceOp.SUM, group=group)
         return scaled.log() + top
 
-    return identity if group is None else log_total
+    return log_total
 
 
 def gather_rows(group: dist.ProcessGroup | None) -> Collective:

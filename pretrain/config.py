@@ -1,11 +1,13 @@
 """The config of one training: the tree of its parts' configs."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from eosin.launch.process import DeviceName, PrecisionName
-from eosin.launch.run_dir import WandbMode
+from eosin.configs.errors import ConfigError
+from eosin.launch.metrics import WandbMode
+from eosin.launch.process import DeviceName, PrecisionName, World
 from eosin.pretrain.attention import AttentionName
 from eosin.pretrain.augment import AugmentConfig
 from eosin.pretrain.loader import LoaderConfig
@@ -13,9 +15,12 @@ from eosin.pretrain.masking import MaskConfig
 from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.optim import OptimConfig
 from eosin.pretrain.order import MixtureConfig
+from eosin.pretrain.parallel import ParallelName
 from eosin.pretrain.prototype_kernels import LossKernelName
 from eosin.pretrain.recompute import Recompute
+from eosin.pretrain.retention import Retention
 from eosin.pretrain.schedules import Schedule
+from eosin.pretrain.spike import SpikeConfig
 from eosin.pretrain.steps import BatchPlan
 from eosin.pretrain.vit import VitConfig
 
@@ -32,9 +37,15 @@ MAY_CHANGE = frozenset(
         "compile",
         "recompute",
         "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
+        "checkpoints",
+        "parallel",
+        "shard_ranks",
+        "accumulate",
+        "timeout_s",
+        "accept_changes",
+        "spike",
         "wandb",
+        "tensorboard",
     }
 )
 """Config keys that a resumed run may be given anew: none of them touches what is learned, but for
@@ -99,6 +110,13 @@ class PretrainConfig:
     """A GPU where there is one."""
     precision: PrecisionName = "auto"
     """bf16 where the hardware has it; weights, moments and losses stay fp32."""
+    parallel: ParallelName = "auto"
+    """How several processes share the training: ``ddp`` replicates, ``fsdp`` shards everything over
+    all ranks, ``hybrid`` over those of a node; ``auto`` replicates what fits."""
+    shard_ranks: int = 0
+    """hybrid: ranks that share one copy; 0: those of a node."""
+    accumulate: int = 1
+    """Parts that each rank takes its share of a batch in, for less memory: the same gradient."""
     attention: AttentionName = "auto"
     """The attention kernel."""
     loss_kernels: LossKernelName = "auto"
@@ -113,15 +131,23 @@ class PretrainConfig:
     """Steps between two lines of metrics.jsonl; between them nothing waits for the device."""
     use_window: int = 100
     """Steps over which the prototypes in use are counted."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    checkpoints: Retention = field(default_factory=Retention)
+    """When they are written, and which are kept."""
     max_bad_steps: int = 10
     """Steps with a NaN or Inf in a row after which the run stops; such a step changes nothing, and
     is looked for every `log_every` steps."""
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    """What is a spike of the loss, for going back to the last good checkpoint and passing over the
+    data that made it; off by default."""
+    timeout_s: float = 600.0
+    """Seconds without a finished step after which the run writes down where each rank stands, and
+    ends; the first step may take three times as long. 0: never."""
+    accept_changes: bool = False
+    """Go on with a run whose config or shards were others."""
     wandb: WandbMode = "disabled"
     """Also log to wandb; ``offline`` needs no account."""
+    tensorboard: bool = False
+    """Also write TensorBoard files, to ``tensorboard/`` of `out`."""
 
     def __post_init__(self) -> None:
         """Refuses values that contradict each other."""
@@ -153,14 +179,55 @@ class PretrainConfig:
             raise ValueError(
                 f"spread_ramp={self.spread_ramp} must be two ascending shares in [0, 1]"
             )
-        for name in ("steps", "log_every", "use_window", "checkpoint_every", "keep_checkpoints"):
+        for name in ("steps", "log_every", "use_window", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+        if self.accumulate > 1:
+            self._check_accumulates()
+
+    def _check_accumulates(self) -> None:
+        """Refuses losses that are no mean over parts of the batch."""
+        o = self.objective
+        if self.batch_size % (self.accumulate * self.group):
+            raise ValueError(
+                f"accumulate={self.accumulate} parts of batch_size={self.batch_size} must be whole "
+                f"groups of group_size={self.group}"
+            )
+        if o.spread.weight > 0 and o.spread.over == "batch":
+            raise ValueError(
+                f"accumulate={self.accumulate} with objective.spread.over=batch: neighbours are "
+                "looked for in the whole batch, which is never there at once; use over=group"
+            )
+        if o.gram.weight > 0 and (o.gram.level, o.gram.tokens) != ("image", "all"):
+            raise ValueError(
+                f"accumulate={self.accumulate} needs objective.gram.level=image and tokens=all: "
+                "others are no mean over the parts of a batch"
+            )
 
     @property
     def group(self) -> int:
         """Samples that share a draw of masks and drop-path."""
         return self.group_size or self.batch_size
+
+    def plan_of(self, world: World, skips: Sequence[tuple[int, int]] = ()) -> BatchPlan:
+        """What one rank's share of the batches depends on.
+
+        Args:
+            world: of the rank.
+            skips: data that is passed over, as in `checkpoint.TrainState`.
+
+        Raises:
+            ConfigError: the batch does not divide among the ranks.
+        """
+        shares = world.size * self.accumulate * self.group
+        if self.batch_size % shares:
+            raise ConfigError(
+                f"batch_size={self.batch_size} must be a multiple of {shares}: {world.size} ranks "
+                f"times accumulate={self.accumulate} times group_size={self.group} (a group never "
+                "spans two of them, so that the arithmetic does not depend on how many there are)"
+            )
+        return replace(self.batch_plan, rank=world.rank, world=world.size, skips=tuple(skips))
 
     @property
     def batch_plan(self) -> BatchPlan:

@@ -5,6 +5,7 @@ global crop, M masked patches, K prototypes, D width, Db bottleneck, R rows of t
 """
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from eosin.pretrain.aside import Aside
 from eosin.pretrain.attention import AttentionFn
-from eosin.pretrain.collectives import gather_rows, lse_over_ranks, sum_over_ranks
+from eosin.pretrain.collectives import (
+    gather_rows,
+    lse_over_ranks,
+    max_over_ranks,
+    sum_over_ranks,
+)
+from eosin.pretrain.compiled import compile_forward
 from eosin.pretrain.crop_rows import CropRows, crop_rows
 from eosin.pretrain.diagnostics import Measured, PrototypeUse, Window, measure_health
 from eosin.pretrain.drop_path import DropPath
@@ -22,20 +30,21 @@ from eosin.pretrain.ema import follow, update_teacher
 from eosin.pretrain.gram import gram_loss
 from eosin.pretrain.initialise import materialise
 from eosin.pretrain.jepa import jepa_loss
-from eosin.pretrain.network import Network, ObjectiveConfig
+from eosin.pretrain.local_part import local
+from eosin.pretrain.network import Encoded, Logits, Network, ObjectiveConfig
 from eosin.pretrain.positions import Jitter
 from eosin.pretrain.prototype_kernels import LossKernels
 from eosin.pretrain.prototype_loss import (
-    Scaling,
     TargetFigures,
     centred_scaling,
     mean_logits,
     prototype_cross_entropy,
-    sinkhorn_scaling,
+    sinkhorn_scalings,
     strongest_prototype,
     target_figures,
 )
 from eosin.pretrain.spread import spread_loss
+from eosin.pretrain.targets import Outputs, Targets, Taught, join_logits
 from eosin.pretrain.vit import VitConfig
 
 
@@ -51,29 +60,6 @@ class Losses(NamedTuple):
     gram: Tensor
 
 
-class Logits(NamedTuple):
-    """What M × K logits are the product of."""
-
-    x: Tensor  # [M, Db], unit length
-    prototypes: Tensor  # [K, Db]
-
-
-class Targets(NamedTuple):
-    """The teacher's side of one cross-entropy: its logits, scaled to targets; no M × K tensor."""
-
-    logits: Logits
-    scaling: Scaling
-
-
-class Outputs(NamedTuple):
-    """What the health figures and the moving centres are computed from; no gradients."""
-
-    features: Tensor  # the teacher's CLS [C, D]
-    cls: Targets | None
-    masked: Targets | None
-    student: Logits | None  # of the global crops' CLS tokens, M = C
-
-
 class StepRates(NamedTuple):
     """What the schedules give the objective for one step."""
 
@@ -83,15 +69,6 @@ class StepRates(NamedTuple):
     """Factor on the spread term's weight."""
     gram: bool = False
     """Whether the Gram term is on."""
-
-
-class _Teacher(NamedTuple):
-    """What the teacher says of the global crops."""
-
-    features: Tensor  # CLS [C, D]
-    cls: Targets | None
-    masked: Targets | None
-    patches: Tensor | None  # [C, N, D], where a loss needs all of them
 
 
 class Distiller(nn.Module):
@@ -120,8 +97,9 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.objective, self.kernels, self.group_size = objective, kernels, group_size
-        self._lse_over_ranks, self._gather_rows = lse_over_ranks(ranks), gather_rows(ranks)
-        self._sum_over_ranks = sum_over_ranks(ranks)
+        self._lse_over_ranks = None if ranks is None else lse_over_ranks(ranks)
+        self._gather_rows, self._max_over_ranks = gather_rows(ranks), max_over_ranks(ranks)
+        self._sum_over_ranks, self._ranks = sum_over_ranks(ranks), ranks
         self.student = materialise(lambda: Network(model, objective, attention), seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         if objective.jepa.weight > 0:
@@ -144,8 +122,9 @@ class Distiller(nn.Module):
         rates: StepRates,
         drop: DropPath | None = None,
         jitter: Jitter | None = None,
+        taught: Taught | None = None,
     ) -> tuple[Losses, Outputs]:
-        """Losses of one step.
+        """Losses of one step, or of a part of its samples.
 
         Args:
             global_crops: normalised [V, B, 3, H, W]; the teacher sees them whole, the student
@@ -155,96 +134,118 @@ class Distiller(nn.Module):
             rates: of the step.
             drop: the student's stochastic depth.
             jitter: of the student's rotary positions.
+            taught: what `teach` made of these crops, where they are a part of a step.
         """
-        o, body = self.objective, self.student.backbone
+        o = self.objective
         views, batch = global_crops.shape[:2]
-        n_crops, n_local = views * batch, len(local_crops) * batch
-        crops = [global_crops.flatten(0, 1), *([local_crops.flatten(0, 1)] if n_local else [])]
-        seen, stream = (
-            body.packing([(len(c), *c.shape[2:]) for c in g]) for g in (crops[:1], crops)
+        n_crops = views * batch
+        crops = [global_crops.flatten(0, 1)]
+        if len(local_crops):
+            crops.append(local_crops.flatten(0, 1))
+        rows = self._rows(crops, masks)
+        aside = Aside(crops[0].device if self._ranks is not None else None)
+        if taught is None:
+            encoded = self._encode(crops[0], rows)
+            with aside:
+                [taught] = self._targets([encoded], rates.temperature)
+        student: Encoded = self.student(
+            crops, rows.mask, rows.student, rows.masked, drop, batch, jitter
         )
-        rows = crop_rows(masks, seen, stream, body.config.prefix, o.patches, global_crops.device)
-        teacher = self._targets(crops[0], rows, rates.temperature)
-        student_masks = [rows.mask, *[None] * (len(crops) - 1)]
-        out = body.rows(crops, student_masks, rows.student, drop, batch, jitter)  # [R, D]
-        cls, patches = out.tensor_split([n_crops + n_local])
-        masked = patches.index_select(0, rows.masked) if o.patches == "all" else patches  # [M, D]
-
-        cls_logits, patch_logits = self._logits(self.student, cls, masked)
-        zero = out.new_zeros((), dtype=torch.float32)
+        aside.join()
+        cls_logits, patch_logits = student.cls_logits, student.patch_logits
+        zero = student.cls.new_zeros((), dtype=torch.float32)
         dino_global = dino_local = ibot = jepa = spread = gram = zero
-        if cls_logits is not None and teacher.cls is not None:
-            pairs = self._pairs(cls_logits, teacher.cls, views, len(local_crops), batch)  # [S]
+        if cls_logits is not None and taught.cls is not None:
+            pairs = self._pairs(cls_logits, taught.cls, views, len(local_crops), batch)  # [S]
             dino_global, dino_local = o.dino * pairs[:views].sum(), o.dino * pairs[views:].sum()
-        if patch_logits is not None and teacher.masked is not None:
-            ibot = o.ibot * self._masked_patches(patch_logits, teacher.masked, rows.weights)
-        grid = tuple(side // body.config.patch_px for side in global_crops.shape[-2:])
-        every = patches.unflatten(0, (n_crops, -1)) if o.patches == "all" else None  # [C, N, D]
+        if patch_logits is not None and taught.masked is not None:
+            ibot = o.ibot * self._masked_patches(patch_logits, taught.masked, rows.weights)
         if o.jepa.weight > 0:
-            assert every is not None and teacher.patches is not None
-            predicted = self.student.predictor(every, cls[:n_crops], rows.mask, grid)
-            jepa = o.jepa.weight * jepa_loss(predicted, teacher.patches, rows.mask, n_crops, o.jepa)
+            assert student.predicted is not None and taught.patches is not None
+            jepa = o.jepa.weight * jepa_loss(
+                student.predicted, taught.patches, rows.mask, n_crops, o.jepa
+            )
         if o.spread.weight > 0 and rates.spread > 0:
-            features = cls[:n_crops].unflatten(0, (views, batch))
+            features = student.cls[:n_crops].unflatten(0, (views, batch))
             terms = [
                 spread_loss(view, o.spread, self.group_size, self._gather_rows) for view in features
             ]
             spread = o.spread.weight * rates.spread * torch.stack(terms).sum()
         if o.gram.weight > 0 and rates.gram:
-            assert every is not None
+            assert student.patches is not None
             with torch.no_grad():
                 anchor = self.gram_teacher([crops[0]])[0].patches
-            gram = o.gram.weight * gram_loss(every, anchor, o.gram, rows.mask)
+            gram = o.gram.weight * gram_loss(student.patches, anchor, o.gram, rows.mask)
         total = dino_global + dino_local + ibot + jepa + spread + gram
         losses = Losses(total, dino_global, dino_local, ibot, jepa, spread, gram)
-        student = None
+        seen = None
         if cls_logits is not None:
-            student = Logits(cls_logits.x[:n_crops].detach(), cls_logits.prototypes.detach())
-        return losses, Outputs(teacher.features, teacher.cls, teacher.masked, student)
+            seen = Logits(cls_logits.x[:n_crops].detach(), cls_logits.prototypes.detach())
+        return losses, Outputs(taught.features, taught.cls, taught.masked, seen)
 
-    def _logits(
-        self, network: Network, cls: Tensor, masked: Tensor
-    ) -> tuple[Logits | None, Logits | None]:
-        """Of the CLS tokens and of the masked patches; one pass where they share the head."""
-        o = self.objective
-        cls_logits = patch_logits = None
-        if o.dino > 0 and o.ibot > 0 and not o.separate_heads:
-            prototypes = network.head.prototypes()
-            x = network.head.bottleneck(torch.cat([cls, masked]))
-            return Logits(x[: len(cls)], prototypes), Logits(x[len(cls) :], prototypes)
-        if o.dino > 0:
-            cls_logits = Logits(network.head.bottleneck(cls), network.head.prototypes())
-        if o.ibot > 0:
-            head = network.patch_head
-            patch_logits = Logits(head.bottleneck(masked), head.prototypes())
-        return cls_logits, patch_logits
-
-    @torch.no_grad()
-    def _targets(self, crops: Tensor, rows: CropRows, temperature: float) -> _Teacher:
-        """The teacher's side of every loss, for the whole global crops [C, 3, H, W]."""
-        o = self.objective
-        out = self.teacher.backbone.rows([crops], [None], rows.teacher)  # [R, D]
-        cls, patches = out.tensor_split([len(crops)])
-        masked = patches.index_select(0, rows.masked) if o.patches == "all" else patches
-        cls_logits, patch_logits = self._logits(self.teacher, cls, masked)
-        return _Teacher(
-            features=cls,
-            cls=self._scaled(cls_logits, "cls", temperature),
-            masked=self._scaled(patch_logits, "masked", temperature),
-            patches=patches.unflatten(0, (len(crops), -1)) if o.patches == "all" else None,
+    def _rows(self, crops: Sequence[Tensor], masks: NDArray[np.bool_]) -> CropRows:
+        """Where the losses read the streams of the teacher and of the student."""
+        body = self.student.backbone
+        teacher, student = (
+            body.packing([(len(c), *c.shape[2:]) for c in group]) for group in (crops[:1], crops)
+        )
+        return crop_rows(
+            masks, teacher, student, body.config.prefix, self.objective.patches, crops[0].device
         )
 
-    def _scaled(self, logits: Logits | None, name: str, temperature: float) -> Targets | None:
-        if logits is None:
-            return None
+    @torch.no_grad()
+    def _encode(self, crops: Tensor, rows: CropRows) -> Encoded:
+        """The teacher's tokens and logits of whole global crops [C, 3, H, W]."""
+        out: Encoded = self.teacher([crops], None, rows.teacher, rows.masked)
+        return out
+
+    def teach(
+        self, parts: Sequence[tuple[Tensor, NDArray[np.bool_]]], temperature: float
+    ) -> list[Taught]:
+        """The teacher's side of a step whose samples are taken in parts.
+
+        Targets are those of all parts together, so losses of the parts, averaged, are those of the
+        step.
+
+        Args:
+            parts: global crops [V, b, 3, H, W] and masks bool [V · b, N] of each.
+            temperature: of the teacher.
+        """
+        encoded = []
+        for global_crops, masks in parts:
+            crops = global_crops.flatten(0, 1)
+            encoded.append(self._encode(crops, self._rows([crops], masks)))
+        return self._targets(encoded, temperature)
+
+    @torch.no_grad()
+    def _targets(self, parts: Sequence[Encoded], temperature: float) -> list[Taught]:
+        """Targets for the parts of a step, scaled together."""
+        cls = [part.cls_logits for part in parts if part.cls_logits is not None]
+        masked = [part.patch_logits for part in parts if part.patch_logits is not None]
+        heads = {name: of for name, of in (("cls", cls), ("masked", masked)) if of}
+        whole = {name: join_logits(of) for name, of in heads.items()}
         if self.objective.targets == "sinkhorn":
-            scaling = sinkhorn_scaling(
-                *logits, temperature, self.kernels, over_ranks=self._lse_over_ranks
+            scalings = sinkhorn_scalings(
+                list(whole.values()), temperature, self.kernels, over_ranks=self._lse_over_ranks
             )
         else:
-            centre: Tensor = getattr(self, f"{name}_centre")
-            scaling = centred_scaling(*logits, centre, temperature, self.kernels)
-        return Targets(logits, scaling)
+            scalings = [
+                centred_scaling(*logits, getattr(self, f"{name}_centre"), temperature, self.kernels)
+                for name, logits in whole.items()
+            ]
+        made: dict[str, list[Targets]] = {}
+        for (name, of), scaling in zip(heads.items(), scalings, strict=True):
+            made[name] = [
+                Targets(logits, rows)
+                for logits, rows in zip(of, scaling.split([len(p.x) for p in of]), strict=True)
+            ]
+        none = [None] * len(parts)
+        return [
+            Taught(part.cls, cls_targets, masked_targets, part.patches)
+            for part, cls_targets, masked_targets in zip(
+                parts, made.get("cls", none), made.get("masked", none), strict=True
+            )
+        ]
 
     def _pairs(
         self, student: Logits, teacher: Targets, views: int, n_local: int, batch: int
@@ -306,7 +307,9 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def refresh_gram_teacher(self) -> None:
         """The Gram teacher becomes a copy of the teacher."""
-        self.gram_teacher.load_state_dict(self.teacher.backbone.state_dict())
+        current = self.teacher.backbone.state_dict()
+        for name, tensor in self.gram_teacher.state_dict().items():
+            local(tensor).copy_(local(current[name]))
 
     @torch.no_grad()
     def record_use(
@@ -320,10 +323,15 @@ class Distiller(nn.Module):
         self.use.record(step, found.strongest, bad)
         return found
 
+    def share_use(self) -> None:
+        """Makes the marks of prototypes those of all ranks; each marks what its samples use."""
+        if hasattr(self, "use"):
+            self.use.last_step.copy_(self._max_over_ranks(self.use.last_step))
+
     def health(
         self, step: int, outputs: Outputs, found: TargetFigures | None, window_steps: int
     ) -> Measured:
-        """Health figures of a step, and of the prototypes used in the steps before it."""
+        """Health figures of this rank's part of a step, and of the prototypes used before it."""
         if found is None or outputs.student is None or outputs.cls is None:
             none = outputs.features.new_empty(0)
             return measure_health(outputs.features, none, none.long(), none.long(), 0)
@@ -347,8 +355,8 @@ class Distiller(nn.Module):
             network.backbone.compile_blocks(backend)
             for name in ("head", "patch_head"):
                 if (head := getattr(network, name, None)) is not None:
-                    head.mlp.compile(fullgraph=True, dynamic=True, backend=backend)
+                    compile_forward(head.mlp, dynamic=True, backend=backend)
         if hasattr(self.student, "predictor"):
-            self.student.predictor.compile(fullgraph=True, dynamic=False, backend=backend)
+            compile_forward(self.student.predictor, dynamic=False, backend=backend)
         if hasattr(self, "gram_teacher"):
             self.gram_teacher.compile_blocks(backend)

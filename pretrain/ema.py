@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from eosin.pretrain.local_part import local
+
 
 @torch.no_grad()
 def follow(
@@ -86,7 +88,7 @@ def update_teacher(
     missing = sorted((own.keys() - followed.keys()) | (buffers.keys() - current.keys()))
     if missing:
         raise ValueError(f"the student has no {missing[0]} for the teacher's to follow")
-    follow(list(own.values()), [followed[name] for name in own], momentum, bad)
+    follow([local(a) for a in own.values()], [local(followed[name]) for name in own], momentum, bad)
     for name, buffer in buffers.items():
         value = current[name]
         buffer.copy_(value if bad is None else torch.where(bad != 0, buffer, value))

@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from eosin.configs.errors import EosinError, InputError
 from eosin.configs.load import load_config
-from eosin.launch.artefacts import SCHEMA_VERSION, read_json, replacing_folder, write_text
+from eosin.launch.artefacts import SCHEMA_VERSION, replacing_folder, write_text
 from eosin.pretrain.checkpoint import (
-    TrainState,
-    find_damage,
+    DamagedCheckpointError,
     list_checkpoints,
-    save_tensors,
+    read_state,
+    read_tensors,
 )
 from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.tensor_files import save_tensors
 from eosin.pretrain.vit import Tokens, Vit, VitConfig
 
 ARCHITECTURES = {"gelu": "vit_base_patch14_reg4_dinov2", "swiglu": "vit_giant_patch14_reg4_dinov2"}
@@ -39,7 +39,7 @@ ROPE_ARCHITECTURE = "vit_small_patch16_rope_224"
 
 CHECKSUMS = "SHA256SUMS"
 
-TEACHER_PREFIX = "teacher.backbone."
+TEACHER_PREFIX = "model.teacher.backbone."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +75,14 @@ def export(config: ExportConfig) -> None:
     if not (config.run / "config.yaml").is_file():
         raise InputError(f"{config.run} holds no run (no config.yaml); 'eosin pretrain' writes one")
     run = load_config(PretrainConfig, [config.run / "config.yaml"])
-    whole = [p for p in list_checkpoints(config.run / "checkpoints") if find_damage(p) is None]
-    if not whole:
+    for path in list_checkpoints(config.run / "checkpoints"):
+        try:
+            state, teacher = read_state(path), read_tensors(path, TEACHER_PREFIX)
+            break
+        except DamagedCheckpointError as error:
+            print(f"passed over a damaged checkpoint: {path.name}: {error}")
+    else:
         raise EosinError(f"no whole checkpoint in {config.run / 'checkpoints'}")
-    state = TrainState(**read_json(whole[0] / "manifest.json")["state"])
-    tensors = load_file(whole[0] / "model.safetensors")
-    teacher = {
-        name.removeprefix(TEACHER_PREFIX): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(TEACHER_PREFIX)
-    }
     card = EncoderCard(
         steps=state.step,
         tiles_seen=state.step * run.batch_size,

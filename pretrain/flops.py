@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from eosin.pretrain.drop_path import DropPath
+from eosin.pretrain.gram import GramConfig
 from eosin.pretrain.heads import HeadConfig
+from eosin.pretrain.jepa import JepaConfig
 from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.vit import VitConfig
 
@@ -37,6 +39,8 @@ class StepShape:
     """M, over all global crops of the step."""
     group_size: int = 0
     """Samples that share a draw of drop-path; 0: the batch."""
+    gram: bool = True
+    """Whether the Gram term, where the objective has one, is on in this step."""
     held_logits: int = 0
     """Logits up to which the losses hold a whole matrix (`LossKernels.dense_elements` on the CPU);
     0: all are streamed, and computed again wherever they are needed."""
@@ -69,6 +73,10 @@ class StepFlops:
     """Logits of both networks, each computed once, and the student's gradients."""
     spread: PartFlops
     """Cosines between samples."""
+    predictor: PartFlops
+    """I-JEPA's, from visible patches to masked ones."""
+    gram: PartFlops
+    """The Gram teacher's backbone on the global crops, and the similarities of patches."""
     recomputed: float
     """Logits and averages that streaming computes beyond `prototypes`."""
 
@@ -88,19 +96,12 @@ def executed_flops(model: VitConfig, objective: ObjectiveConfig, shape: StepShap
     """What the product's step computes.
 
     Wanted patches are spread evenly over kept and skipped sequences: their share is the mean one.
-
-    Raises:
-        ValueError: the objective has a Gram or I-JEPA term.
     """
     return _step(model, objective, shape, lean=True)
 
 
 def nominal_flops(model: VitConfig, objective: ObjectiveConfig, shape: StepShape) -> StepFlops:
-    """The step with every branch on every row, and each matrix of logits computed once.
-
-    Raises:
-        ValueError: the objective has a Gram or I-JEPA term.
-    """
+    """The step with every branch on every row, and each matrix of logits computed once."""
     return _step(model, objective, shape, lean=False)
 
 
@@ -138,13 +139,13 @@ def backbone_flops(
 def _step(
     model: VitConfig, objective: ObjectiveConfig, shape: StepShape, *, lean: bool
 ) -> StepFlops:
-    if objective.gram.weight > 0 or objective.jepa.weight > 0:
-        raise ValueError("the operations of gram and jepa are not counted; give them no weight")
     crops, local = shape.batch * shape.n_global, shape.batch * shape.n_local
     groups = [(crops, shape.global_px), *([(local, shape.local_px)] if local else [])]
     group_size = shape.group_size or shape.batch
     kept = 1 / DropPath(model.drop_path, 0, 0, group_size).scale if lean else 1.0
-    patches = shape.masked if objective.ibot > 0 else 0  # that leave the last block
+    n = (shape.global_px // model.patch_px) ** 2
+    # of the global crops, that leave the last block
+    patches = {"none": 0, "masked": shape.masked, "all": crops * n}[objective.patches]
     student = backbone_flops(model, groups, kept, crops + local + patches if lean else None)
     teacher = backbone_flops(model, groups[:1], 1.0, crops + patches if lean else None)
     heads = []
@@ -170,6 +171,8 @@ def _step(
         ),
         # KoLeo's neighbours are found without a gradient; the kernel density has one
         spread=PartFlops(spread, 2 * spread if objective.spread.kind == "kde" else 0.0),
+        predictor=_predictor(objective.jepa, model.width, crops, n),
+        gram=_gram(objective.gram, model, groups[:1], n) if shape.gram else PartFlops(0.0),
         recomputed=sum(_streaming(h, objective, shape.held_logits) for h in heads) if lean else 0.0,
     )
 
@@ -193,6 +196,31 @@ def _streaming(rows: _Rows, objective: ObjectiveConfig, held_logits: int) -> flo
     teacher = (1 if holds_targets else scaling) + 2 + 2  # targets; their average; its gradient
     student = 2 + 2  # the average and its gradient
     return once * (rows.teacher * (teacher - 1) + rows.student * (student - 3))
+
+
+def _predictor(jepa: JepaConfig, width: int, crops: int, n: int) -> PartFlops:
+    """Of all global crops: crops without a mask go through it too."""
+    if jepa.weight == 0:
+        return PartFlops(0.0)
+    narrow, hidden, tokens = jepa.width, int(jepa.width * jepa.mlp_ratio), n + jepa.use_cls
+    block = tokens * 2 * (4 * narrow**2 + 2 * narrow * hidden) + 4.0 * narrow * tokens**2
+    forward = crops * (2.0 * narrow * width * (tokens + n) + jepa.depth * block)
+    return PartFlops(forward, 2 * forward)
+
+
+def _gram(
+    gram: GramConfig, model: VitConfig, groups: Sequence[tuple[int, int]], n: int
+) -> PartFlops:
+    """The anchor's forward, and what `gram_loss` computes of one matrix or another."""
+    if gram.weight == 0:
+        return PartFlops(0.0)
+    crops, width = groups[0][0], model.width
+    units, rows = (1, crops * n) if gram.level == "batch" else (crops, n)
+    anchor = backbone_flops(model, groups).forward
+    if not gram.remove_negative and rows > width:  # three products [D, D], each with a gradient
+        return PartFlops(anchor + units * 6.0 * rows * width**2, units * 12.0 * rows * width**2)
+    # two products [N, N], of which the student's alone has a gradient
+    return PartFlops(anchor + units * 4.0 * rows**2 * width, units * 4.0 * rows**2 * width)
 
 
 def _mlp(width: int, head: HeadConfig) -> float:

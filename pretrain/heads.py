@@ -94,8 +94,12 @@ class PrototypeHead(nn.Module):
         rows: Tensor = weight * (self.last_gain.float() / length)
         return rows
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [M, D] → [M, K]
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:  # [M, D] → [M, Db], [K, Db]
+        """What the logits are the product of: `bottleneck` and `prototypes`."""
+        return self.bottleneck(tokens), self.prototypes()
+
+    def logits(self, tokens: Tensor) -> Tensor:  # [M, D] → [M, K]
         """Logits of every token against every prototype, fp32; for a small K."""
-        x, weight = self.bottleneck(tokens), self.prototypes()
+        x, weight = self(tokens)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight)

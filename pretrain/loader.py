@@ -6,7 +6,7 @@ records and the errors that a user sees.
 
 import multiprocessing
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
@@ -93,7 +93,7 @@ def batches(
     first_step: int,
     last_step: int,
     pin: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches of steps `first_step` … `last_step` - 1.
 
     Args:
@@ -127,7 +127,7 @@ def batches(
     return _within_budget(made, steps)
 
 
-def _within_budget(made: Made, steps: Steps) -> Iterator[Batch]:
+def _within_budget(made: Made, steps: Steps) -> Generator[Batch]:
     """Passes batches on, each with its newly found damage, until there is more than allowed."""
     found: dict[int, str] = {}
     with closing(made):  # or an error keeps the workers until garbage is collected

@@ -1,20 +1,24 @@
 """What is trained: a backbone with the heads that the objective uses; the objective's config.
 
-Legend: M masked patches, K prototypes, D width.
+Legend: C global crops, N patches a global crop, S crops of all kinds, M masked patches, K
+prototypes, D width, Db bottleneck.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eosin.pretrain.attention import AttentionFn, sdpa_attention
 from eosin.pretrain.crop_rows import Patches
+from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.gram import GramConfig
 from eosin.pretrain.heads import HeadConfig, PrototypeHead
 from eosin.pretrain.jepa import JepaConfig, Predictor
+from eosin.pretrain.positions import Jitter
 from eosin.pretrain.spread import SpreadConfig
 from eosin.pretrain.vit import Vit, VitConfig
 
@@ -74,8 +78,28 @@ class ObjectiveConfig:
         return "masked" if self.ibot > 0 else "none"
 
 
+class Logits(NamedTuple):
+    """What M × K logits are the product of."""
+
+    x: Tensor  # [M, Db], unit length
+    prototypes: Tensor  # [K, Db]
+
+
+class Encoded(NamedTuple):
+    """What a network says of the crops of a step, as far as the objective asks."""
+
+    cls: Tensor  # [S, D], those of the global crops first
+    patches: Tensor | None  # of the global crops [C, N, D], where a loss reads all of them
+    cls_logits: Logits | None
+    patch_logits: Logits | None  # of the masked patches
+    predicted: Tensor | None  # as `jepa.Predictor` gives it
+
+
 class Network(nn.Module):
-    """Backbone, and the heads that the objective uses; the student and the teacher are one each."""
+    """Backbone, and the heads that the objective uses; the student and the teacher are one each.
+
+    `forward` is the one door to its weights: a layout that shards them opens and closes it there.
+    """
 
     head: PrototypeHead
     patch_head: PrototypeHead
@@ -88,6 +112,7 @@ class Network(nn.Module):
         attention: AttentionFn = sdpa_attention,
     ) -> None:
         super().__init__()
+        self.objective = objective
         self.backbone = Vit(model, attention)
         if objective.dino > 0:
             self.head = PrototypeHead(model.width, objective.head)
@@ -101,3 +126,49 @@ class Network(nn.Module):
         for module in self.children():
             assert isinstance(module, Vit | PrototypeHead | Predictor)
             module.initialise(generator)
+
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        mask: Tensor | None,
+        wanted: Tensor,
+        masked: Tensor,
+        drop: DropPath | None = None,
+        batch: int = 0,
+        jitter: Jitter | None = None,
+    ) -> Encoded:
+        """Tokens and logits of the crops of a step.
+
+        Args:
+            crops: the global crops [C, 3, H, W], then the local ones, if any; normalised.
+            mask: patches of the global crops that the mask token replaces, bool [C, N].
+            wanted: rows of the stream that the losses read, as `crop_rows` gives them.
+            masked: the masked patches among the C · N, int64 [M].
+            drop: stochastic depth.
+            batch: samples behind the views; needed with `drop` alone.
+            jitter: of the rotary positions.
+        """
+        masks = [mask, *[None] * (len(crops) - 1)]
+        out = self.backbone.rows(crops, masks, wanted, drop, batch, jitter)  # [R, D]
+        cls, patches = out.tensor_split([sum(len(group) for group in crops)])
+        every = None
+        if self.objective.patches == "all":
+            every = patches.unflatten(0, (len(crops[0]), -1))
+            patches = patches.index_select(0, masked)  # [M, D]
+        logits = self._logits(cls, patches)
+        predicted = None
+        if mask is not None and every is not None and hasattr(self, "predictor"):
+            grid = tuple(side // self.backbone.config.patch_px for side in crops[0].shape[-2:])
+            predicted = self.predictor(every, cls[: len(crops[0])], mask, grid)
+        return Encoded(cls, every, *logits, predicted)
+
+    def _logits(self, cls: Tensor, masked: Tensor) -> tuple[Logits | None, Logits | None]:
+        """Of the CLS tokens and of the masked patches; one pass where they share the head."""
+        o = self.objective
+        if o.dino > 0 and o.ibot > 0 and not o.separate_heads:
+            x, prototypes = self.head(torch.cat([cls, masked]))
+            return Logits(x[: len(cls)], prototypes), Logits(x[len(cls) :], prototypes)
+        return (
+            Logits(*self.head(cls)) if o.dino > 0 else None,
+            Logits(*self.patch_head(masked)) if o.ibot > 0 else None,
+        )

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from eosin.pretrain.collectives import Collective
+from eosin.pretrain.local_part import local
 from eosin.pretrain.schedules import Schedule
 
 ClipMode = Literal["module", "global"]
@@ -92,16 +94,24 @@ def group_key(name: str, depth: int, config: OptimConfig) -> GroupKey:
 
 
 def build_optimizer(student: nn.Module, depth: int, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the student's parameters, one group per `GroupKey`.
+    """Fused AdamW over what this rank holds of the student, one group per `GroupKey`.
 
     The kernel is the fused one on the CPU too: it leaves out a bad step by itself, and takes a
     third of the time of torch's default there.
     """
     members: dict[GroupKey, list[Tensor]] = {}
     for name, parameter in student.named_parameters():
-        members.setdefault(group_key(name, depth, config), []).append(parameter)
+        members.setdefault(group_key(name, depth, config), []).append(local(parameter))
     groups = [{"params": params, "key": key} for key, params in members.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    for group in optimizer.param_groups:
+        for part in group["params"]:  # at once, so that a checkpoint has a place to be loaded to
+            optimizer.state[part] = {
+                "step": torch.zeros((), device=part.device),
+                "exp_avg": torch.zeros_like(part),
+                "exp_avg_sq": torch.zeros_like(part),
+            }
+    return optimizer
 
 
 def set_rates(
@@ -116,7 +126,10 @@ def set_rates(
 
 @torch.no_grad()
 def clip_gradients(
-    modules: Iterable[nn.Module], max_norm: float, mode: ClipMode = "module"
+    modules: Iterable[nn.Module],
+    max_norm: float,
+    mode: ClipMode = "module",
+    over_shards: Collective | None = None,
 ) -> Tensor:
     """Scales gradients to a norm of at most `max_norm`, without waiting for the device.
 
@@ -127,25 +140,45 @@ def clip_gradients(
         modules: the student's parts; parameters without a gradient are passed over.
         max_norm: of each module's gradient, or of all of them together.
         mode: ``module`` or ``global``.
+        over_shards: sums over the ranks that hold the parts of one copy; None where each holds all.
 
     Returns:
         Norms before scaling, one a module in either mode, fp32 [modules].
     """
     parts = [list(module.parameters()) for module in modules]
-    gradients = [[p.grad for p in part if p.grad is not None] for part in parts]
-    zero = torch.zeros((), device=parts[0][0].device)  # the norm of a part without gradients
+    gradients = [[local(p.grad) for p in part if p.grad is not None] for part in parts]
+    zero = torch.zeros((), device=local(parts[0][0]).device)  # the norm of a part without gradients
     norms = torch.stack(
         [
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(part))) if part else zero
             for part in gradients
         ]
     )
+    if over_shards is not None:
+        norms = over_shards(norms.square()).sqrt()
     bounded = norms if mode == "module" else torch.linalg.vector_norm(norms).expand_as(norms)
     factors = (max_norm / (bounded + 1e-6)).clamp(max=1.0)
     for part, factor in zip(gradients, factors.unbind(), strict=True):
         if part:
             torch._foreach_mul_(part, factor)
     return norms
+
+
+def hand_gradients(student: nn.Module) -> None:
+    """Gives what this rank holds of a gradient to what it holds of the parameter.
+
+    A replicated parameter has it already. For a sharded one the optimiser's tensor is its part.
+    """
+    for parameter in student.parameters():
+        part = local(parameter)
+        if part is not parameter:
+            part.grad = None if parameter.grad is None else local(parameter.grad)
+
+
+def forget_gradients(student: nn.Module) -> None:
+    """Frees the gradients of a step."""
+    for parameter in student.parameters():
+        parameter.grad = local(parameter).grad = None
 
 
 def step_unless_bad(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:

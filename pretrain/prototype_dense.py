@@ -4,7 +4,7 @@ There a matrix product costs more than holding its result, so targets are kept, 
 logits become the gradient's matrix in place. For the legend see `prototype_loss`, which calls this.
 """
 
-from collections.abc import Callable
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -40,18 +40,18 @@ def dense_sinkhorn(
     weight: Tensor,
     temperature: float,
     iterations: int,
-    shared: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_u [K], log_v [M], targets [M, K]): `sinkhorn_scaling` on held logits, M > 0.
+) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """(log_u [K], log_v [M], targets [M, K]): `sinkhorn_scalings` on held logits, M > 0.
 
-    Works by products with the matrix exp(l / τ) where its range allows, else in logarithms.
+    Yields the log-sums over this rank's rows [K], and is sent those over all rows. Works by
+    products with the matrix exp(l / τ) where its range allows, else in logarithms.
     """
     logits = scaled_logits(x, weight, temperature)
     low, high = (float(bound) for bound in logits.aminmax())
     log_v = logits.new_zeros(len(x))
     if high - low > EXPONENT_RANGE:
         for _ in range(iterations):
-            log_u = -shared(torch.logsumexp(logits + log_v[:, None], dim=0))
+            log_u = -(yield torch.logsumexp(logits + log_v[:, None], dim=0))
             log_v = -torch.logsumexp(logits + log_u, dim=1)
         return log_u, log_v, (logits + log_u).add_(log_v[:, None]).exp_()
     middle = (low + high) / 2 if max(-low, high) > EXPONENT_RANGE / 2 else 0.0
@@ -60,7 +60,7 @@ def dense_sinkhorn(
     v, shift = torch.ones_like(log_v), 0.0
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(iterations):
-            log_u = -shared((v @ kernel).log() + (middle + shift))
+            log_u = -(yield (v @ kernel).log() + (middle + shift))
             top = float(log_u.max())
             u = (log_u - top).exp()
             v = 1 / (kernel @ u)

@@ -12,14 +12,15 @@ Legend: B samples, V teacher views, S student views, M = V · B teacher rows, K 
 bottleneck channels; e as in `prototype_kernels`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eosin.pretrain.collectives import LogSumOverRanks
 from eosin.pretrain.prototype_dense import (
     DenseCrossEntropy,
     dense_sinkhorn,
@@ -50,6 +51,21 @@ class Scaling:
     targets: Tensor | None = None
     """q itself [M, K], on the CPU where it fits one chunk; spares computing it again."""
 
+    def split(self, rows: Sequence[int]) -> list["Scaling"]:
+        """The scalings of so many rows after one another."""
+        if len(rows) == 1:
+            return [self]
+        v = self.log_v.split(list(rows))
+        q = [None] * len(rows) if self.targets is None else self.targets.split(list(rows))
+        return [replace(self, log_v=a, targets=b) for a, b in zip(v, q, strict=True)]
+
+    @staticmethod
+    def join(parts: Sequence["Scaling"]) -> "Scaling":
+        """What `split` took apart."""
+        q = [part.targets for part in parts if part.targets is not None]
+        whole = torch.cat(q) if len(q) == len(parts) else None
+        return replace(parts[0], log_v=torch.cat([p.log_v for p in parts]), targets=whole)
+
 
 @dataclass(frozen=True)
 class TargetFigures:
@@ -61,45 +77,94 @@ class TargetFigures:
     """Prototype with the largest target, int64 [M]."""
 
 
-@torch.no_grad()
 def sinkhorn_scaling(
     x: Tensor,
     weight: Tensor,
     temperature: float,
     kernels: LossKernels,
     iterations: int = 3,
-    over_ranks: Callable[[Tensor], Tensor] | None = None,
+    over_ranks: LogSumOverRanks | None = None,
 ) -> Scaling:
+    """`sinkhorn_scalings` of one head's logits."""
+    [scaling] = sinkhorn_scalings([(x, weight)], temperature, kernels, iterations, over_ranks)
+    return scaling
+
+
+@torch.no_grad()
+def sinkhorn_scalings(
+    heads: Sequence[tuple[Tensor, Tensor]],
+    temperature: float,
+    kernels: LossKernels,
+    iterations: int = 3,
+    over_ranks: LogSumOverRanks | None = None,
+) -> list[Scaling]:
     """Targets balanced over prototypes (Sinkhorn-Knopp, SwAV arXiv 2006.09882, eq. 5).
 
     In logarithms, u = -log Σ_m exp(l / τ + v) makes prototypes share alike and
     v = -log Σ_k exp(l / τ + u) makes samples sum to one. Constants cancel, so this is SwAV's
     algorithm on exp(l / τ), for logits of any size.
 
+    The heads go on in step, and share what they exchange. After the first iteration u bounds what
+    the next one sums: with rows that sum to one, a prototype's Σ_m exp(l / τ + u + v) lies between
+    1 / MK and M. So a sum over ranks relative to -u neither overflows nor vanishes, and the largest
+    term need be found over the ranks in the first iteration alone.
+
     Args:
-        x: teacher tokens after the bottleneck [M, Db]; M may be 0.
-        weight: effective prototypes [K, Db].
+        heads: of each, teacher tokens after the bottleneck [M, Db], M may be 0, and effective
+            prototypes [K, Db].
         temperature: τ of the teacher.
         kernels: see `choose_kernels`.
         iterations: of both scalings.
-        over_ranks: log-sum-exp of a [K] fp32 tensor over the ranks; called `iterations` times on
-            every rank, those without rows included (theirs is -inf).
+        over_ranks: called `iterations` times with [Σ K] on every rank, those without rows included
+            (theirs are -inf).
 
     Raises:
         ValueError: temperature or iterations not above zero.
     """
     if temperature <= 0 or iterations < 1:
         raise ValueError(f"temperature={temperature}, iterations={iterations} must be above zero")
+    runs = [_sinkhorn(x, weight, temperature, kernels, iterations) for x, weight in heads]
+    sums, bound = [next(run) for run in runs], None
+    for _ in range(iterations - 1):
+        sums, bound = _exchanged(sums, bound, over_ranks)
+        sums = [run.send(total) for run, total in zip(runs, sums, strict=True)]
+    sums, _ = _exchanged(sums, bound, over_ranks)
+    return [_end(run, total) for run, total in zip(runs, sums, strict=True)]
+
+
+def _exchanged(
+    sums: list[Tensor], bound: Tensor | None, over_ranks: LogSumOverRanks | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """The heads' log-sums over the ranks, by one call; and what bounds the next ones."""
+    if over_ranks is None:
+        return sums, None
+    total = over_ranks(torch.cat(sums), bound)
+    return list(total.split([len(part) for part in sums])), _finite(total)
+
+
+def _sinkhorn(
+    x: Tensor, weight: Tensor, temperature: float, kernels: LossKernels, iterations: int
+) -> Generator[Tensor, Tensor, Scaling]:
+    """Yields the log-sums over this rank's rows [K], and is sent those over all rows."""
     x, weight = operand(x, kernels), operand(weight, kernels)
-    shared = over_ranks or (lambda log_sum: log_sum)
     if is_dense(len(x), len(weight), x, kernels):
-        log_u, log_v, targets = dense_sinkhorn(x, weight, temperature, iterations, shared)
+        log_u, log_v, targets = yield from dense_sinkhorn(x, weight, temperature, iterations)
         return Scaling(log_u, log_v, temperature, targets)
     log_v = x.new_zeros(len(x), dtype=sum_dtype(x.dtype))
     for _ in range(iterations):
-        log_u = -_finite(shared(kernels.log_sum_exp(weight, x, log_v, 1 / temperature)))
+        log_u = -_finite((yield kernels.log_sum_exp(weight, x, log_v, 1 / temperature)))
         log_v = -kernels.log_sum_exp(x, weight, log_u, 1 / temperature)
     return Scaling(log_u, log_v, temperature)
+
+
+def _end(run: Generator[Tensor, Tensor, Scaling], total: Tensor) -> Scaling:
+    """What a run returns when it is sent its last sums."""
+    try:
+        run.send(total)
+    except StopIteration as end:
+        scaling: Scaling = end.value
+        return scaling
+    raise AssertionError("a run asks for as many sums as it has iterations")
 
 
 @torch.no_grad()

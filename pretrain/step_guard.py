@@ -4,6 +4,7 @@ The verdict on a step is a tensor on the device, which the optimiser and the mov
 there (`optim.step_unless_bad`, `ema.follow`); the host looks at the verdicts every so many steps.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from eosin.configs.errors import EosinError
 from eosin.launch.artefacts import write_text
-from eosin.pretrain.collectives import Collective, identity
+from eosin.launch.process import World
+from eosin.pretrain.collectives import mean_over_ranks, sum_over_ranks
 
 
 class _Judged(NamedTuple):
@@ -54,7 +56,8 @@ class StepGuard:
         first_step: the step that training begins or goes on with.
         terms: names of the loss terms, in the order of `judge`.
         modules: names of the modules whose gradients are clipped, in the order of `judge`.
-        over_ranks: sums over the ranks, so that all of them leave out what is bad on one.
+        world: the ranks: all of them leave out what is bad on one, figures are means over them, and
+            rank 0 writes down the rows of all.
     """
 
     def __init__(
@@ -66,17 +69,19 @@ class StepGuard:
         first_step: int,
         terms: Sequence[str],
         modules: Sequence[str],
-        over_ranks: Collective = identity,
+        world: World | None = None,
     ) -> None:
         if limit < 1:
             raise ValueError(f"limit={limit} must be at least 1")
         self.path, self.limit, self.count = path, limit, count
         self.terms = tuple(terms)
         self.names = (*self.terms, *(f"grad_norm_{name}" for name in modules))
-        self._over_ranks = over_ranks
+        self._world = world or World()
+        self._over_ranks = sum_over_ranks(self._world.group)
+        self._mean_over_ranks = mean_over_ranks(self._world.group)
         self._judged: list[_Judged] = []
         self._good: dict[str, float] = {}  # the figures of the newest good step
-        self._in_a_row = _forget_from(path, first_step)
+        self._in_a_row = _forget_from(path, first_step, writes=self._world.leads)
         self._first_bad = ""  # what is known of the first step of the row of bad ones
 
     @torch.no_grad()
@@ -103,6 +108,8 @@ class StepGuard:
     def look(self) -> Look:
         """Counts and writes down the bad steps since the last look; waits for the device once.
 
+        Every rank comes here after the same steps.
+
         Raises:
             EosinError: the limit of bad steps in a row was reached.
         """
@@ -110,7 +117,9 @@ class StepGuard:
         if not judged:
             return Look()
         bad_steps: list[int] = []
-        figures: list[list[float]] = torch.stack([j.figures for j in judged]).tolist()
+        figures: list[list[float]] = self._mean_over_ranks(
+            torch.stack([j.figures for j in judged])
+        ).tolist()
         for (step, rows, _), (*values, verdict) in zip(judged, figures, strict=True):
             named = dict(zip(self.names, values, strict=True))
             if not verdict:
@@ -128,9 +137,15 @@ class StepGuard:
             self._first_bad = f"at step {step} {self._diagnosis(broken)}"
         self.count += 1
         self._in_a_row += 1
-        with self.path.open("a") as file:
-            line = {"step": step, "rows": rows.tolist(), "not_finite": broken}
-            file.write(json.dumps(line) + "\n")
+        of_ranks = [json.loads(text) for text in self._world.gather(json.dumps(rows.tolist()))]
+        if self._world.leads:
+            with self.path.open("a") as file:
+                line = {
+                    "step": step,
+                    "rows": list(itertools.chain(*of_ranks)),
+                    "not_finite": broken,
+                }
+                file.write(json.dumps(line) + "\n")
         if self._in_a_row >= self.limit:
             raise EosinError(
                 f"{self._in_a_row} steps in a row gave a NaN or Inf, up to step {step}; "
@@ -157,7 +172,7 @@ class StepGuard:
         return said + known + (f" ({last})" if last else "")
 
 
-def _forget_from(path: Path, first_step: int) -> int:
+def _forget_from(path: Path, first_step: int, *, writes: bool) -> int:
     """Drops the lines of steps from `first_step` on; returns the bad steps right before it."""
     if not path.is_file():
         return 0
@@ -166,7 +181,8 @@ def _forget_from(path: Path, first_step: int) -> int:
         step = _step_of(line)
         if step is not None and step < first_step:
             kept[step] = line
-    write_text(path, "".join(line + "\n" for line in kept.values()))
+    if writes:
+        write_text(path, "".join(line + "\n" for line in kept.values()))
     in_a_row = 0
     while first_step - 1 - in_a_row in kept:
         in_a_row += 1

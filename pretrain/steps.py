@@ -25,6 +25,7 @@ from eosin.pretrain.masking import MaskConfig, draw_masks
 from eosin.pretrain.order import MixtureConfig, Order, locate
 from eosin.pretrain.packed_views import pack_views
 from eosin.pretrain.render import render_view
+from eosin.pretrain.spike import passed_over
 from eosin.pretrain.views import Views, augment_at, decode_factor, draw_views
 
 
@@ -49,6 +50,8 @@ class BatchPlan:
     """Shares of the strata."""
     window_shards: int = 64
     """Shards that are shuffled together."""
+    skips: tuple[tuple[int, int], ...] = ()
+    """Data that is passed over: from a step on, so many more steps of it (`spike`)."""
     rank: int = 0
     """Of the process that takes the batches."""
     world: int = 1
@@ -94,7 +97,7 @@ class BatchPlan:
 
     def places_of(self, step: int, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Epoch and position of each tile of this rank's part of a step, both int64 [b]."""
-        epochs, positions = locate(step, self.batch_size, n)
+        epochs, positions = locate(step + passed_over(self.skips, step), self.batch_size, n)
         part = slice(self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
         return epochs[part], positions[part]
 

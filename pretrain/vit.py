@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from eosin.pretrain.attention import AttentionFn, Packing, sdpa_attention
 from eosin.pretrain.block import NORM_EPS, Block, LayerScale
+from eosin.pretrain.compiled import compile_forward
 from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.positions import (
     Interpolation,
@@ -186,7 +187,7 @@ class Vit(nn.Module):
         # the limit counts for the code that all blocks share: student, teacher, other crop sizes
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
-            block.compile(fullgraph=True, dynamic=False, backend=backend)
+            compile_forward(block, dynamic=False, backend=backend)
 
     def recompute(self, mode: Recompute) -> None:
         """Sets what the blocks keep for their backward; gradients do not depend on it."""
@@ -296,8 +297,9 @@ class Vit(nn.Module):
         return self.norm(x), packing
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        # the stream has the parameters' type, fp32 under autocast, whatever the branches have
-        patches = self.patch_embed(images).to(self.cls_token.dtype)  # [B, h, w, D]
+        # the stream is fp32 at least, whatever autocast or gathered weights make of the branches
+        stream = torch.promote_types(self.cls_token.dtype, torch.float32)
+        patches = self.patch_embed(images).to(stream)  # [B, h, w, D]
         count, height, width, _ = patches.shape
         patches = patches.flatten(1, 2)  # [B, N, D]
         if mask is not None:

@@ -14,10 +14,12 @@ from eosin.configs.load import load_config, to_yaml
 from eosin.data_curation.torchvision_import import import_timm
 from eosin.pretrain.batch import Batch, Crops, Inputs
 from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.gradients import forward
 from eosin.pretrain.masking import draw_masks
 from eosin.pretrain.network import Network
 from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
-from eosin.pretrain.train import Rates, build_model, forward
+from eosin.pretrain.rates import Rates
+from eosin.pretrain.setup import set_up
 from eosin.pretrain.views import draw_views
 from eosin.pretrain.vit import Vit, VitConfig
 
@@ -246,7 +248,7 @@ def test_a_recipe_takes_two_steps_that_lower_its_loss_at_reduced_width(
     if shipped(recipe).objective.patch_head is not None:
         reduced += [*REDUCED_PATCH_HEAD, "objective.patch_head.bottleneck=8"]
     config = shipped(recipe, None, *reduced)
-    model, _ = build_model(config, CPU, torch.float32)
+    model = set_up(config, CPU, torch.float32).model
     optimizer = build_optimizer(model.student, config.model.depth, config.optim)
     batch, inputs = one_batch(config), Inputs(CPU, config.mean, config.std)
     rates = Rates.at(config, config.steps // 2)

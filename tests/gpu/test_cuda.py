@@ -34,7 +34,7 @@ def test_a_bf16_run_learns_resumes_and_exports(tmp_path: Path) -> None:
     shard(ShardConfig(images=tmp_path / "tiles", out=tmp_path / "shards", workers=1))
     overrides = [
         f"shards={tmp_path / 'shards'}", f"out={tmp_path / 'run'}", "device=cuda", "batch_size=16",
-        "steps=20", "log_every=1", "checkpoint_every=10", "wandb=disabled",
+        "steps=20", "log_every=1", "checkpoints.every=10", "wandb=disabled",
     ]  # fmt: skip
     config, run = load_config(PretrainConfig, ["pretrain/smoke"], overrides), tmp_path / "run"
     pretrain(config)

@@ -1,7 +1,6 @@
-"""metrics.jsonl without gap or repeat; devices; artefacts; progress lines."""
+"""Configs of a run; devices; artefacts; progress lines."""
 
 import io
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from eosin.launch.artefacts import (
     write_text,
 )
 from eosin.launch.process import choose_device, choose_precision
-from eosin.launch.progress import Meter, format_seconds
-from eosin.launch.run_dir import Metrics, check_unchanged, record_run
+from eosin.launch.progress import Meter, StepMeter, format_seconds
+from eosin.launch.run_dir import record_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +30,11 @@ class Config:
     threads: int = 1
 
 
-def test_metrics_from_the_resumed_step_on_are_dropped_and_a_broken_line_too(tmp_path: Path) -> None:
-    with Metrics(tmp_path, 0, "disabled", Config()) as metrics:
-        for step in range(5):
-            metrics.write(step, {"loss": step / 2})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')
-    with Metrics(tmp_path, 3, "disabled", Config()) as metrics:
-        metrics.write(3, {"loss": 9.0})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert lines[-1]["loss"] == 9.0
-
-
-def test_a_changed_config_is_refused_with_the_difference(tmp_path: Path) -> None:
+def test_a_changed_config_is_told_with_the_difference(tmp_path: Path) -> None:
     record_run(tmp_path, Config())
-    check_unchanged(tmp_path, Config(threads=4), frozenset({"threads"}))
-    with pytest.raises(ConfigError, match=r"lr: 0\.1 → 0\.2"):
-        check_unchanged(tmp_path, Config(lr=0.2, threads=4), frozenset({"threads"}))
+    assert changes_since(tmp_path, Config(threads=4), frozenset({"threads"})) == []
+    changed = Config(lr=0.2, threads=4)
+    assert changes_since(tmp_path, changed, frozenset({"threads"})) == ["lr: 0.1 → 0.2"]
     assert "torch" in (tmp_path / "environment.json").read_text()
 
 
@@ -95,6 +81,43 @@ def test_progress_prints_plain_lines_with_rate_and_time_left() -> None:
     (line,) = stream.getvalue().splitlines()
     assert re.fullmatch(r"tile: 10/10 slides · [\d.]+ slides/s · 0s left · f", line)
     assert [format_seconds(s) for s in (5, 190, 7500)] == ["5s", "3m10s", "2h05m"]
+
+
+def test_a_training_shows_its_figures_in_one_line_that_fits_a_terminal() -> None:
+    stream = io.StringIO()
+    with StepMeter("pretrain", 125_000, done=99_998, stream=stream) as meter:
+        meter.advance()
+        meter.figures = {
+            "mfu": 0.4321, "tiles_per_s": 12_345.6, "loss": 10.12345, "data_wait": 0.021,
+            "memory_gib": 61.23, "lr": 1e-3,
+        }  # fmt: skip
+        meter.advance()
+    (line,) = stream.getvalue().splitlines()
+    assert len(line) <= 120
+    assert re.fullmatch(
+        r"pretrain: step 100000/125000 · loss 10\.123 · 12346 tiles/s · MFU 43\.2% · data wait 2% · "
+        r"61\.2 GiB · \w+ left",
+        line,
+    )
+
+
+def test_the_time_left_of_a_training_does_not_count_its_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("eosin.launch.progress.time.monotonic", lambda: now[0])
+    with StepMeter("pretrain", 100, stream=io.StringIO()) as meter:
+        for seconds in (60.0, 2.0, 2.0):  # a step that compiles, then two that do not
+            now[0] += seconds
+            meter.advance()
+        assert meter.seconds_left() == pytest.approx(97 * 2)
+
+
+def test_ranks_that_do_not_lead_print_nothing() -> None:
+    stream = io.StringIO()
+    with StepMeter("pretrain", 2, stream=stream, shown=False) as meter:
+        meter.advance(2)
+    assert stream.getvalue() == ""
 
 
 def test_a_folder_is_replaced_only_by_its_own_kind(tmp_path: Path) -> None:

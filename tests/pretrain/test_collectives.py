@@ -15,9 +15,8 @@ from torch import Tensor
 
 from eosin.pretrain.attention import sdpa_attention
 from eosin.pretrain.collectives import (
-    Collective,
+    LogSumOverRanks,
     gather_rows,
-    identity,
     lse_over_ranks,
     mean_over_ranks,
     sum_over_ranks,
@@ -43,7 +42,7 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sinkhorn(x: Tensor, over_ranks: Collective) -> Tensor:
+def sinkhorn(x: Tensor, over_ranks: LogSumOverRanks) -> Tensor:
     """The product's targets for logits of x with 7 prototypes, [rows of x, 7]."""
     weight = 2 * normal(7, 5, seed=4)
     scaling = sinkhorn_scaling(x, weight, 0.2, PlainKernels(), over_ranks=over_ranks)
@@ -155,7 +154,7 @@ def test_sinkhorn_of_ranks_is_that_of_the_concatenated_rows(
 ) -> None:
     parts = [r[f"sinkhorn_{share}"] for r in ranks]
     assert tuple(map(len, parts)) == SHARES[share]
-    expected = sinkhorn(normal(9, 5, seed=2)[: sum(SHARES[share])], identity)
+    expected = sinkhorn(normal(9, 5, seed=2)[: sum(SHARES[share])], lse_over_ranks(None))
     torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-4, atol=1e-6)
 
 

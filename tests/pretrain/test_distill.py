@@ -248,8 +248,8 @@ def test_centres_follow_the_teachers_logits_and_shift_its_targets() -> None:
     batch = inputs()
     with torch.no_grad():
         tokens = distiller.teacher.backbone([batch[0].flatten(0, 1)])[0]
-        cls = distiller.teacher.head(tokens.cls)
-        masked = distiller.teacher.head(tokens.patches[torch.from_numpy(batch[2])])
+        cls = distiller.teacher.head.logits(tokens.cls)
+        masked = distiller.teacher.head.logits(tokens.patches[torch.from_numpy(batch[2])])
     _, outputs = distiller(*batch, StepRates(0.05))
     for targets, logits in ((outputs.cls, cls), (outputs.masked, masked)):
         assert targets is not None

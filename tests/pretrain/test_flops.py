@@ -1,5 +1,7 @@
 """Counted operations against torch's own counter, and against the published figures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.flops import StepShape, backbone_flops, executed_flops, nominal_flops
 from eosin.pretrain.gram import GramConfig
 from eosin.pretrain.heads import HeadConfig
+from eosin.pretrain.jepa import JepaConfig
 from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.plain_step import PlainDistiller
 from eosin.pretrain.prototype_kernels import PlainKernels
@@ -50,10 +53,10 @@ def shape(**changes: int) -> StepShape:
     )  # fmt: skip
 
 
-def counted(model: torch.nn.Module, *arguments: object) -> int:
+def counted(model: torch.nn.Module, *arguments: object, side: int = 32) -> int:
     """What torch counts in one forward and backward; attention as products of matrices."""
-    crops = torch.randn(2, BATCH, 3, 32, 32), torch.randn(2, BATCH, 3, 16, 16)
-    masks = np.zeros((2 * BATCH, 16), dtype=bool)
+    crops = torch.randn(2, BATCH, 3, side, side), torch.randn(2, BATCH, 3, 16, 16)
+    masks = np.zeros((2 * BATCH, (side // 8) ** 2), dtype=bool)
     masks[:, :MASKED] = True  # as many in each crop, so that shares of crops are shares of rows
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = model(*crops, masks, *arguments)
@@ -130,7 +133,40 @@ def test_dinov2_large_executes_what_is_published_less_the_last_blocks_rows() -> 
     assert 0.94 * 1374 < per_tile < 1374
 
 
-def test_terms_that_are_not_counted_are_refused() -> None:
-    model, _ = configs("gelu, shared head")
-    with pytest.raises(ValueError, match="gram and jepa"):
-        executed_flops(model, ObjectiveConfig(gram=GramConfig(weight=1.0)), shape())
+SMALL_JEPA = JepaConfig(weight=1.0, depth=2, width=16, heads=2)
+ANCHORED = {  # 16 patches a crop of width 24: fewer rows than channels, but more in a batch
+    "gram of images": {"gram": GramConfig(weight=1.0)},
+    "gram of the batch, from channels": {"gram": GramConfig(weight=1.0, level="batch")},
+    "gram without negatives, of unmasked": {
+        "gram": GramConfig(weight=1.0, level="batch", remove_negative=True, tokens="unmasked")
+    },
+    "jepa": {"ibot": 0.0, "jepa": SMALL_JEPA},
+    "jepa without cls beside ibot and gram": {
+        "jepa": replace(SMALL_JEPA, use_cls=False),
+        "gram": GramConfig(weight=1.0),
+    },
+}
+
+
+@pytest.mark.parametrize("gram", [True, False], ids=["gram on", "gram off"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("case", ANCHORED)
+def test_gram_and_jepa_are_what_torch_counts(case: str, drop_path: float, gram: bool) -> None:
+    model = VitConfig(**SHAPE, drop_path=drop_path)
+    objective = ObjectiveConfig(head=HEAD, **ANCHORED[case])
+    ours = Distiller(model, objective, sdpa_attention, PlainKernels(torch.float32, 24), GROUP, 0)
+    drop = DropPath(drop_path, 0, 0, GROUP) if drop_path else None
+    flops = executed_flops(model, objective, shape(gram=gram))
+    got = counted(ours, StepRates(0.05, gram=gram), drop)
+    assert got == pytest.approx(flops.hardware, rel=1e-9)
+    assert (flops.gram.total > 0) == (gram and objective.gram.weight > 0)
+    assert (flops.predictor.total > 0) == (objective.jepa.weight > 0)
+
+
+def test_gram_at_high_resolution_takes_the_way_over_channels() -> None:
+    model = VitConfig(**{**SHAPE, "image_px": 64})  # 64 patches of width 24
+    objective = ObjectiveConfig(head=HEAD, gram=GramConfig(weight=1.0), spread=SpreadConfig())
+    ours = Distiller(model, objective, sdpa_attention, PlainKernels(torch.float32, 24), GROUP, 0)
+    wide = replace(shape(), global_px=64)
+    got = counted(ours, StepRates(0.05, gram=True), None, side=64)
+    assert got == pytest.approx(executed_flops(model, objective, wide).hardware, rel=1e-9)

@@ -39,7 +39,7 @@ def test_logits_are_products_of_bottleneck_and_prototypes(last_layer: str) -> No
         nn.init.uniform_(head.last_gain, 0.5, 2.0)
         rows = head.last_gain.detach() * rows / rows.square().sum(dim=1, keepdim=True).sqrt()
     torch.testing.assert_close(head.prototypes(), rows)
-    torch.testing.assert_close(head(x), head.bottleneck(x) @ rows.T)
+    torch.testing.assert_close(head.logits(x), head.bottleneck(x) @ rows.T)
     assert hasattr(head, "last_gain") == (last_layer == "weight_norm")
 
 
@@ -79,7 +79,7 @@ def test_zero_tokens_empty_batches_and_16_bits_are_finite() -> None:
             parameter.zero_()
         head.last_layer.weight[3] = 0.0
     x = torch.zeros(2, 12, requires_grad=True)
-    logits = head(x)
+    logits = head.logits(x)
     logits.sum().backward()
     assert not logits.any() and x.grad is not None and torch.isfinite(x.grad).all()
     assert torch.isfinite(head.last_layer.weight.grad[3]).all()
@@ -87,7 +87,7 @@ def test_zero_tokens_empty_batches_and_16_bits_are_finite() -> None:
 
     head = make()
     with torch.autocast("cpu", torch.bfloat16):
-        x, rows, logits = head.bottleneck(tokens()), head.prototypes(), head(tokens())
+        x, rows, logits = head.bottleneck(tokens()), head.prototypes(), head.logits(tokens())
     assert x.dtype == rows.dtype == logits.dtype == torch.float32
     torch.testing.assert_close(x.norm(dim=1), torch.ones(7))  # the norm is not rounded to 16 bits
     torch.testing.assert_close(logits, x @ rows.T)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eosin.configs.errors import ConfigError
+from eosin.pretrain.collectives import LogSumOverRanks
 from eosin.pretrain.prototype_kernels import LossKernels, PlainKernels, choose_kernels
 from eosin.pretrain.prototype_loss import (
     Scaling,
@@ -128,12 +128,14 @@ class Ranks:
         self.brought: list[Tensor] = [torch.empty(0)] * world
         self.calls = [0] * world
 
-    def hook(self, rank: int) -> Callable[[Tensor], Tensor]:
-        def over_ranks(log_sum: Tensor) -> Tensor:
+    def hook(self, rank: int) -> LogSumOverRanks:
+        def over_ranks(log_sum: Tensor, bound: Tensor | None = None) -> Tensor:
             self.brought[rank] = log_sum
             self.calls[rank] += 1
             self.barrier.wait()
             out = torch.logsumexp(torch.stack(self.brought), dim=0)
+            if bound is not None:  # what an exchange relative to it must hold
+                assert (out - bound).max() < 80 and (out - bound).min() > -80
             self.barrier.wait()
             return out
 

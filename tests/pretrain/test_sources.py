@@ -22,7 +22,6 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from eosin.configs.errors import ConfigError, EosinError
@@ -34,10 +33,10 @@ from eosin.data_curation.shard_reader import ShardReader
 from eosin.data_curation.shards import ShardConfig, shard
 from eosin.data_curation.tiles import TileConfig, tile
 from eosin.launch.cli import main
-from eosin.pretrain import train as train_module
+from eosin.pretrain import gradients as gradients_module
 from eosin.pretrain.augment import AugmentConfig
 from eosin.pretrain.batch import Batch, Crops, Tiles
-from eosin.pretrain.checkpoint import list_checkpoints
+from eosin.pretrain.checkpoint import list_checkpoints, read_tensors
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.loader import LoaderConfig, batches, open_shards
 from eosin.pretrain.order import MixtureConfig
@@ -52,7 +51,7 @@ AUGMENT = AugmentConfig(global_px=16, local_px=8, n_local=2, render="device")
 PLAN = BatchPlan(augment=AUGMENT, batch_size=BATCH, seed=3, patch_px=8, window_shards=2)
 MIXED = replace(PLAN, mixture=MixtureConfig(column="slide_id", weights={"case_0": 3, "case_1": 1}))
 TINY = [
-    "steps=3", "batch_size=4", "threads=1", "log_every=1", "checkpoint_every=2", "device=cpu",
+    "steps=3", "batch_size=4", "threads=1", "log_every=1", "checkpoints.every=2", "device=cpu",
     "model={width: 32, depth: 2, heads: 2, patch_px: 8, image_px: 32, drop_path: 0.5}",
     "objective.head={prototypes: 32, hidden: 16, bottleneck: 8}",
     "augment={global_px: 32, local_px: 16, n_local: 2}",
@@ -236,7 +235,7 @@ def config_for(shards: Path | str, out: Path, *overrides: str) -> PretrainConfig
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    return load_file(list_checkpoints(run / "checkpoints")[0] / "model.safetensors")
+    return read_tensors(list_checkpoints(run / "checkpoints")[0], "model.")
 
 
 def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -244,7 +243,7 @@ def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-RUN = ["steps=16", "checkpoint_every=4"]
+RUN = ["steps=16", "checkpoints.every=4"]
 
 
 @pytest.fixture(scope="module")
@@ -357,20 +356,20 @@ def test_a_source_that_vanishes_ends_the_run_in_one_line_until_it_is_back(
     overrides, _ = cache_of(tars, tmp_path / "cache", 1.1)
     argv = ["pretrain", *arguments(f"file://{source}", tmp_path / "run", *RUN, *overrides)]
     argv += ["loader.workers=2", "loader.prefetch=1", "loader.max_open=1"]
-    real = train_module.forward
+    real = gradients_module.forward
 
     def forward(config, model, batch, *rest):  # type: ignore[no-untyped-def]
         if batch.step == 4:
             source.rename(away)
         return real(config, model, batch, *rest)
 
-    monkeypatch.setattr(train_module, "forward", forward)
+    monkeypatch.setattr(gradients_module, "forward", forward)
     assert main(argv) == 2
     assert not multiprocessing.active_children()
     said = capsys.readouterr().err.splitlines()
     assert re.fullmatch(rf"eosin: file://{source}/\d+\.tar is missing", said[-1])
     assert not any("Traceback" in line for line in said)
-    monkeypatch.setattr(train_module, "forward", real)
+    monkeypatch.setattr(gradients_module, "forward", real)
     assert main(argv) == 2
     said = capsys.readouterr().err.splitlines()
     missing = f"{source}/shards.json does not exist: no finished shards are there"

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from eosin.configs.errors import EosinError
-from eosin.pretrain.collectives import Collective, identity
 from eosin.pretrain.ema import update_teacher
 from eosin.pretrain.optim import clip_gradients, step_unless_bad
 from eosin.pretrain.step_guard import Look, StepGuard
@@ -19,9 +18,7 @@ GOOD = ((3.0, 2.0, 1.0), (0.5, 0.25))
 """Total, dino, ibot; the gradient norms of backbone and head."""
 
 
-def make(
-    folder: Path, first_step: int = 0, count: int = 0, over_ranks: Collective = identity
-) -> StepGuard:
+def make(folder: Path, first_step: int = 0, count: int = 0) -> StepGuard:
     return StepGuard(
         folder / "bad_steps.jsonl",
         limit=3,
@@ -29,7 +26,6 @@ def make(
         first_step=first_step,
         terms=("total", "dino", "ibot"),
         modules=("backbone", "head"),
-        over_ranks=over_ranks,
     )
 
 
@@ -140,7 +136,8 @@ def test_a_resume_drops_what_comes_again_and_keeps_counting_the_row(tmp_path: Pa
 
 
 def test_a_step_that_is_bad_on_another_rank_is_left_out_here_too(tmp_path: Path) -> None:
-    guard = make(tmp_path, over_ranks=lambda verdict: verdict + 2)
+    guard = make(tmp_path)
+    guard._over_ranks = lambda verdict: verdict + 2
     for step in range(3):
         assert judge(guard, step).item() == 1.0  # what the fused kernels compare with
     with pytest.raises(EosinError, match="every figure was finite here, so another rank's was not"):

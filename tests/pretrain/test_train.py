@@ -13,21 +13,23 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from eosin.configs.errors import ConfigError, InputError
 from eosin.configs.load import load_config, to_yaml
 from eosin.data_curation.shards import ShardConfig, shard
 from eosin.pretrain.batch import Inputs
-from eosin.pretrain.checkpoint import list_checkpoints
+from eosin.pretrain.checkpoint import list_checkpoints, read_tensors
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.export import ExportConfig, export
+from eosin.pretrain.gradients import forward
 from eosin.pretrain.loader import batches, open_shards
 from eosin.pretrain.optim import group_key
-from eosin.pretrain.train import Rates, build_model, forward, plan, pretrain
+from eosin.pretrain.rates import Rates
+from eosin.pretrain.setup import set_up
+from eosin.pretrain.train import plan, pretrain
 
 TINY = [
-    "steps=8", "batch_size=4", "group_size=2", "threads=1", "log_every=1", "checkpoint_every=2",
+    "steps=8", "batch_size=4", "group_size=2", "threads=1", "log_every=1", "checkpoints.every=2",
     "model={width: 32, depth: 2, heads: 2, patch_px: 8, image_px: 32, drop_path: 0.5}",
     "objective.head={prototypes: 32, hidden: 16, bottleneck: 8}",
     "augment={global_px: 32, local_px: 16, n_local: 2}",
@@ -51,7 +53,7 @@ def config_for(shards: Path, out: Path, *overrides: str) -> PretrainConfig:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(list_checkpoints(run / "checkpoints")[0] / "model.safetensors")
+    return read_tensors(list_checkpoints(run / "checkpoints")[0], "model.")
 
 
 def steps_logged(run: Path) -> list[int]:
@@ -67,7 +69,7 @@ def test_a_run_trains_exports_and_is_not_done_twice(
     assert steps_logged(tmp_path / "run") == list(range(1, 9))
     for name in ("config.yaml", "environment.json", "curves.png", "encoder/model.safetensors"):
         assert (tmp_path / "run" / name).is_file()
-    earlier = load_file(tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors")
+    earlier = read_tensors(tmp_path / "run" / "checkpoints" / "step_00000006", "model.")
     name = "teacher.backbone.cls_token"
     assert not torch.equal(earlier[name], weights(tmp_path / "run")[name])
     before = (tmp_path / "run" / "encoder" / "SHA256SUMS").read_bytes()
@@ -153,7 +155,7 @@ def test_values_that_contradict_each_other_are_refused(
 def test_a_nan_step_changes_nothing(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eosin.pretrain import train as module
+    from eosin.pretrain import gradients as module
 
     real = module.forward
 
@@ -164,12 +166,10 @@ def test_a_nan_step_changes_nothing(
         return losses, outputs
 
     monkeypatch.setattr(module, "forward", poisoned)
-    pretrain(
-        config_for(shards, tmp_path / "run", "steps=3", "checkpoint_every=1", "keep_checkpoints=3")
-    )
+    pretrain(config_for(shards, tmp_path / "run", "steps=3", "checkpoints={every: 1, keep: 3}"))
     folders = list_checkpoints(tmp_path / "run" / "checkpoints")[::-1]
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        one, two, three = (load_file(folder / name) for folder in folders)
+    for prefix in ("model.", "optimizer."):
+        one, two, three = (read_tensors(folder, prefix) for folder in folders)
         assert all(torch.equal(one[k], two[k]) for k in one)
         assert not all(torch.equal(two[k], three[k]) for k in two)
 
@@ -177,7 +177,7 @@ def test_a_nan_step_changes_nothing(
 def by_hand(config: PretrainConfig) -> dict[str, torch.Tensor]:
     """The run step by step with torch's own clipping and optimiser; all of the model."""
     cpu = torch.device("cpu")
-    model, _ = build_model(config, cpu, torch.float32)
+    model = set_up(config, cpu, torch.float32).model
     student, teacher = (dict(m.named_parameters()) for m in (model.student, model.teacher))
     keys = {name: group_key(name, config.model.depth, config.optim) for name in student}
     groups = [{"params": [p], "name": name} for name, p in student.items()]

@@ -1,0 +1,73 @@
+"""A training, put together on one rank: networks on their device, laid out, with an optimiser."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eosin.launch.process import World, device_memory
+from eosin.pretrain.attention import choose_attention
+from eosin.pretrain.backbone_weights import load_backbone
+from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.distill import Distiller
+from eosin.pretrain.local_part import like, local
+from eosin.pretrain.optim import build_optimizer
+from eosin.pretrain.parallel import Layout, choose_parallel
+from eosin.pretrain.prototype_kernels import choose_kernels
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the loop works on."""
+
+    config: PretrainConfig
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+    """Of the products."""
+    model: Distiller
+    layout: Layout
+    optimizer: torch.optim.AdamW
+    choices: str
+    """What was chosen for this hardware, in words."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name; they share the memory of what is trained."""
+        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.student.named_parameters():
+            for key, tensor in self.optimizer.state[local(parameter)].items():
+                lies = tensor if key == "step" else like(parameter, tensor)
+                named[f"optimizer.{name}.{key}"] = lies
+        return named
+
+
+def set_up(
+    config: PretrainConfig, device: torch.device, dtype: torch.dtype, world: World | None = None
+) -> Training:
+    """Student and teacher on the device, with the kernels and the layout that suit it.
+
+    Raises:
+        ConfigError: a choice that this hardware, or this number of processes, does not allow.
+    """
+    world = world or World()
+    attention = choose_attention(config.attention, device, dtype)
+    kernels = choose_kernels(config.loss_kernels, device, dtype)
+    model = Distiller(
+        config.model, config.objective, attention, kernels, config.group, config.seed, world.group
+    )
+    if config.objective.gram.frozen_from is not None and config.objective.gram.weight > 0:
+        load_backbone(model.gram_teacher, config.objective.gram.frozen_from)
+    model.to(device)
+    model.student.backbone.recompute(config.recompute)
+    compiled = config.compile == "blocks" or (config.compile == "auto" and device.type == "cuda")
+    if compiled:
+        model.compile()
+    parameters = sum(p.numel() for p in model.student.parameters())
+    name = choose_parallel(config.parallel, world, parameters, device_memory(device))
+    layout = Layout(model, name, world, dtype, config.shard_ranks)
+    optimizer = build_optimizer(model.student, config.model.depth, config.optim)
+    names = [device.type, str(dtype), attention.__name__, type(kernels).__name__]
+    names.append("compiled" if compiled else "eager")
+    if world.size > 1:
+        names.append(f"{name} over {world.size} ranks")
+    return Training(config, world, device, dtype, model, layout, optimizer, ", ".join(names))
