@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 TINY = [
-    "batch_size=4", "group_size=2", "threads=1", "log_every=1", "checkpoint_every=10",
+    "batch_size=4", "group_size=2", "threads=1", "log_every=1", "checkpoints.every=10",
     "model={width: 32, depth: 2, heads: 2, patch_px: 8, image_px: 32, drop_path: 0.5}",
     "objective.head={prototypes: 32, hidden: 16, bottleneck: 8}",
     "augment={global_px: 32, local_px: 16, n_local: 2}", "device=cpu",
