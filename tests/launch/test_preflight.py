@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from eosin.launch.preflight import Finding, judge
 
 NAN = float("nan")
@@ -44,53 +42,50 @@ from eosin.configs.errors import EosinError
 from eosin.launch.preflight import PreflightConfig, preflight
 from eosin.launch.process import join_world
 torch.set_num_threads(1)
-what, exclude = sys.argv[1], sys.argv[2] == "exclude"
-def read():
-    bad = os.environ["SLURMD_NODENAME"] == "n2"
-    if bad and what == "broken":
-        raise OSError("stale file handle")
-    time.sleep(0.5 if bad and what == "slow" else 0.01)
-    return 1_000_000
-config = PreflightConfig(matmul=512, exchange_mb=8, slow=0.1, exclude=exclude)
-with join_world(torch.device("cpu"), 60) as world:
-    try:
-        verdict = preflight(world, torch.device("cpu"), read, config)
-        print("fine", list(verdict.slow), verdict.all_reduce_gb_s > 0,
-              all(f.link_gb_s > 0 for f in verdict.nodes))
-    except EosinError as error:
-        print(error.exit_code, error)
+def reader(what):
+    def read():
+        bad = os.environ["SLURMD_NODENAME"] == "n2"
+        if bad and what == "broken":
+            raise OSError("stale file handle")
+        time.sleep(1.0 if bad and what == "slow" else 0.001)
+        return 1_000_000
+    return read
+with join_world(torch.device("cpu"), 120) as world:
+    for what in ("slow", "broken"):
+        for exclude in (False, True):
+            os.environ["EOSIN_EXCLUDE_FILE"] = f"{sys.argv[1]}/{what}_{exclude}"
+            config = PreflightConfig(matmul=512, exchange_mb=8, slow=0.02, exclude=exclude)
+            try:
+                verdict = preflight(world, torch.device("cpu"), reader(what), config)
+                measured = all(f.link_gb_s > 0 < f.matmul_tflops for f in verdict.nodes)
+                print("fine", list(verdict.slow), verdict.all_reduce_gb_s > 0, measured)
+            except EosinError as error:
+                print(error.exit_code, error)
 """
 
 
-def run_ranks(what: str, exclude: str, file: Path) -> list[str]:
-    """What each of three processes says, each taking itself for a node of its own."""
+def test_three_nodes_come_to_one_verdict(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, what, exclude], stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", RANK, str(tmp_path)], stdout=subprocess.PIPE, text=True,
             env=os.environ | {
                 "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "SLURMD_NODENAME": f"n{rank}", "EOSIN_EXCLUDE_FILE": str(file),
+                "SLURMD_NODENAME": f"n{rank}",
             },
         )
         for rank in range(3)
     ]  # fmt: skip
-    return [child.communicate(timeout=120)[0].strip().splitlines()[-1] for child in children]
-
-
-@pytest.mark.parametrize("what", ["slow", "broken"])
-def test_a_bad_node_is_excluded_where_asked(what: str, tmp_path: Path) -> None:
-    said = run_ranks(what, "exclude", tmp_path / "excluded.txt")
-    assert all(line.startswith("75 preflight of 3 nodes") and "n2: " in line for line in said)
-    assert (tmp_path / "excluded.txt").read_text() == "n2\n"
-
-
-def test_a_slow_node_is_only_named_and_a_broken_one_ends_the_run_where_not_asked(
-    tmp_path: Path,
-) -> None:
-    assert run_ranks("slow", "no", tmp_path / "file") == ["fine ['n2'] True True"] * 3
-    said = run_ranks("broken", "no", tmp_path / "file")
-    assert all(line.startswith("1 ") and "exclude=n2" in line for line in said), said
-    assert not (tmp_path / "file").exists()
+    for child in children:
+        said = child.communicate(timeout=120)[0].splitlines()
+        named, kept_out, ended, kept_out_too = (
+            line for line in said if not line.startswith("preflight")
+        )
+        assert named == "fine ['n2'] True True"
+        assert kept_out.startswith("75 preflight of 3 nodes") and "n2: 1 MB/s" in kept_out
+        assert ended.startswith("1 ") and ended.endswith("n2: stale file handle; exclude=n2")
+        assert kept_out_too.startswith("75 ") and "n2: stale file handle" in kept_out_too
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert files == {"slow_True": "n2\n", "broken_True": "n2\n"}
