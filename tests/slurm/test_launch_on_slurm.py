@@ -45,6 +45,11 @@ def steps_logged(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
+def last_logged(run: Path) -> str:
+    """The last step that was logged, as a checkpoint of it is called."""
+    return f"step_{steps_logged(run)[-1]:08d}"
+
+
 def newest(run: Path) -> str:
     return max((path.name for path in run.glob("checkpoints/step_*")), default="")
 
@@ -60,16 +65,23 @@ class Training:
             "pretrain", f"shards={shards}", f"out={self.run}", f"steps={steps}", *TINY,
         )  # fmt: skip
 
-    def wait_for_checkpoint(self) -> str:
-        wait_for(lambda: bool(newest(self.run)), START_S, "a checkpoint", self.log)
+    def wait_for_checkpoint(self, after: str = "") -> str:
+        """The name of the next one; a job that was queued again is started meanwhile."""
+
+        def written() -> bool:
+            self.cluster.hurry()
+            return newest(self.run) > after
+
+        wait_for(written, START_S, "a checkpoint", self.log)
         return newest(self.run)
 
-    def must_end_well(self) -> None:
-        """Back in the queue by itself, then done, with every step logged once."""
-        self.cluster.wait_until_gone([self.job], END_S)
-        assert f"{self.job}  pretrain: done · restart 1" in self.cluster.status(self.folder)
-        assert steps_logged(self.run) == list(range(1, self.steps + 1)), self.log()
-        assert (self.run / "done.json").is_file()
+    def wait_until_ended(self, starts: int) -> None:
+        """Every process of the present start is gone, and the job waits for the next."""
+        wait_for(
+            lambda: self.cluster.states().get(self.job, "").startswith("PENDING"),
+            60, f"the end of start {starts}", self.log,
+        )  # fmt: skip
+        assert self.cluster.restarts(self.job) == starts
 
     def log(self) -> str:
         return "".join(p.read_text() for p in sorted((self.folder / "jobs").glob("*_log.out")))
@@ -108,50 +120,48 @@ def test_a_chain_runs_the_code_that_was_submitted(
     assert "eosin: pretrain is done (rank 1, start 0)" in said
 
 
-def test_the_signal_before_the_time_limit_makes_a_checkpoint_and_the_job_comes_back(
+def test_a_training_comes_back_from_all_that_hits_it_and_ends_as_if_nothing_had(
     cluster: Cluster, shards: Path, tmp_path: Path
 ) -> None:
-    training = Training(cluster, shards, tmp_path, steps=150)
-    before = training.wait_for_checkpoint()
-    cluster.run("scancel", "--signal=USR2", training.job)
-    wait_for(lambda: "queued again" in training.log(), 60, "the queue", training.log)
-    assert newest(training.run) > before and int(newest(training.run)[5:]) % 10
-    training.must_end_well()
+    training = Training(cluster, shards, tmp_path, steps=800)
+    job = training.job
 
-
-def test_a_job_that_is_preempted_comes_back_when_there_is_room(
-    cluster: Cluster, shards: Path, tmp_path: Path
-) -> None:
-    training = Training(cluster, shards, tmp_path, steps=150)
+    # the end of its time: Slurm's signal makes a checkpoint off the beat of ten steps, or on it
     before = training.wait_for_checkpoint()
+    cluster.run("scancel", "--signal=USR2", job)
+    training.wait_until_ended(1)
+    saved = [newest(training.run)]
+    assert saved[-1] >= before and last_logged(training.run) == saved[-1]
+
+    # a partition of higher priority takes both nodes
+    training.wait_for_checkpoint(after=saved[-1])
     cluster.run("srun", "--partition=urgent", "--nodes=2", "true")
-    assert newest(training.run) > before and int(newest(training.run)[5:]) % 10
-    training.must_end_well()
+    training.wait_until_ended(2)
+    saved.append(newest(training.run))
+    assert last_logged(training.run) == saved[-1]
 
+    # one rank is killed: the other one ends too
+    training.wait_for_checkpoint(after=saved[-1])
+    found = cluster.processes(job, "n2").items()
+    os.kill(next(p for p, line in found if "eosin.launch.cli pretrain" in line), signal.SIGKILL)
+    training.wait_until_ended(3)
+    assert not cluster.processes(job, "n1")
+    saved.append(newest(training.run))
 
-def test_a_killed_rank_ends_the_job_everywhere_and_it_comes_back(
-    cluster: Cluster, shards: Path, tmp_path: Path
-) -> None:
-    training = Training(cluster, shards, tmp_path, steps=150)
-    training.wait_for_checkpoint()
-    found = cluster.processes(training.job, "n2").items()
-    child = next(pid for pid, line in found if "eosin.launch.cli pretrain" in line)
-    os.kill(child, signal.SIGKILL)
-    wait_for(lambda: not cluster.processes(training.job, "n1"), 30, "the other node", training.log)
-    training.must_end_well()
-    records = [json.loads(p.read_text()) for p in (training.folder / "restarts").glob("*.json")]
-    assert [record["crash"] for record in records] == [True]
-
-
-def test_a_lost_node_ends_the_job_and_it_comes_back_on_what_is_free(
-    cluster: Cluster, shards: Path, tmp_path: Path
-) -> None:
-    training = Training(cluster, shards, tmp_path, steps=150)
-    training.wait_for_checkpoint()
-    cluster.kill_node(training.job, "n2")
-    wait_for(lambda: not cluster.processes(training.job, "n1"), 60, "n1", training.log)
+    # a node loses power: the other one ends, and both come back when there are two again
+    training.wait_for_checkpoint(after=saved[-1])
+    cluster.kill_node(job, "n2")
+    wait_for(lambda: not cluster.processes(job, "n1"), 60, "the end on n1", training.log)
     cluster.start_node("n2")
-    training.must_end_well()
+    cluster.wait_until_gone([job], END_S)
+
+    assert f"{job}  pretrain: done · restart 4" in cluster.status(training.folder)
+    assert steps_logged(training.run) == list(range(1, training.steps + 1))
+    assert (training.run / "done.json").is_file()
+    records = [
+        json.loads(path.read_text()) for path in sorted(training.folder.glob("restarts/*.json"))
+    ]
+    assert [r["crash"] for r in records[:3]] == [False, False, True], records
 
 
 def test_a_cancelled_launch_stays_away(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
@@ -182,9 +192,9 @@ def write_slide(path: Path, seed: int, side: int) -> None:
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six slides, of which one is no slide."""
+    """Four slides, of which one is no slide."""
     folder = tmp_path_factory.mktemp("slides")
-    for index in range(5):
+    for index in range(3):
         write_slide(folder / f"good{index}.tiff", index, 256 + 64 * index)
     (folder / "bad.tiff").write_bytes(b"not a slide" * 1000)
     return folder
@@ -199,21 +209,21 @@ def test_arrays_pass_over_a_bad_slide_and_the_chain_goes_by_what_is_tolerated(
     for name, tolerated in (("lenient", 0.5), ("strict", 0.0)):
         tile = ["tile", "mpp=1", "size_px=64", "workers=1"]
         launched[name] = cluster.launch(
-            tmp_path, f"name={name}", "array=6", "cpus=1", "stages={tile-2: {array: 0}}", "--",
+            tmp_path, f"name={name}", "array=4", "cpus=1", "stages={tile-2: {array: 0}}", "--",
             *tile, f"slides={slides}", f"out={tmp_path}/{name}", f"max_failed={tolerated}",
             "--", *tile, f"slides={tmp_path}/one", f"out={tmp_path}/{name}_next",
         )  # fmt: skip
     for _, jobs in launched.values():
-        assert len(jobs) == 4  # six tasks are two arrays of at most four; merging; the next verb
+        assert len(jobs) == 4  # two arrays of at most two tasks; merging; the next verb
         cluster.wait_until_gone(jobs, 240)
     for name, (folder, jobs) in launched.items():
         lines = cluster.status(folder).splitlines()
         assert lines[:2] == [
-            f"{jobs[0]}  tile (4 tasks): 4 done",
+            f"{jobs[0]}  tile (2 tasks): 2 done",
             f"{jobs[1]}  tile (2 tasks): 2 done",
         ]
         parts = "".join(path.read_text() for path in folder.glob("parts/tile/*.txt"))
-        assert sorted(parts.split()) == ["bad", *(f"good{i}" for i in range(5))]
+        assert sorted(parts.split()) == ["bad", *(f"good{i}" for i in range(3))]
         ended, followed = lines[2:]
         if name == "lenient":
             assert "tile: done" in ended and "tile-2: done" in followed
@@ -222,7 +232,7 @@ def test_arrays_pass_over_a_bad_slide_and_the_chain_goes_by_what_is_tolerated(
         assert (tmp_path / name / "tiles.parquet").is_file()
         assert (tmp_path / f"{name}_next" / "tiles.parquet").is_file() == (name == "lenient")
         said = cluster.run(*EOSIN, "launch", "logs", str(folder), "stage=tile")
-        assert "6 slides (5 ok, 1 unreadable)" in said
+        assert "4 slides (3 ok, 1 unreadable)" in said
 
 
 def test_the_scripts_that_are_shown_are_those_that_are_submitted(
@@ -268,6 +278,6 @@ def test_a_job_that_failed_for_good_is_not_queued_again_and_bad_nodes_are_kept_o
         wait_for(lambda: cluster.state(job) == "RUNNING", 60, "the job")
         assert slurm_commands.queue()[job].nodes == "n2"
         assert slurm_commands.node_address("n[1-2]") == "127.0.0.1"
-        assert slurm_commands.max_array_size() == 4
+        assert slurm_commands.max_array_size() == 2
     finally:
         cluster.run("scancel", job)

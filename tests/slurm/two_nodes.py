@@ -33,7 +33,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 ReturnToService=2
 KillWait=10
 SlurmdTimeout=15
-MaxArraySize=4
+MaxArraySize=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -106,8 +106,14 @@ class Cluster:
         return {line.split()[0]: line.partition(" ")[2] for line in shown.splitlines()}
 
     def state(self, job: str) -> str:
+        return self._shown(job, "JobState")
+
+    def restarts(self, job: str) -> int:
+        return int(self._shown(job, "Restarts"))
+
+    def _shown(self, job: str, key: str) -> str:
         shown = self.run("scontrol", "-o", "show", "job", job)
-        return next(w for w in shown.split() if w.startswith("JobState=")).removeprefix("JobState=")
+        return next(w for w in shown.split() if w.startswith(f"{key}=")).partition("=")[2]
 
     def hurry(self) -> None:
         """Starts jobs that were queued again now: Slurm lets them wait for two minutes."""
