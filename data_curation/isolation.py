@@ -23,6 +23,9 @@ R = TypeVar("R")
 _DYING_S = 10.0
 """Seconds that a process whose pipe broke has to end, so that its exit code is known."""
 
+_RETIRING_S = 2.0
+"""Seconds that a process without a job has to end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
@@ -68,6 +71,10 @@ def run_isolated(
                     idle.append(worker)
                 yield worker.job, result
     finally:
+        for worker in idle:
+            worker.pipe.close()  # at which it ends by itself, and gives back what it holds
+        for worker in idle:
+            worker.process.join(_RETIRING_S)
         for worker in idle + busy:
             worker.end()
 
@@ -103,7 +110,7 @@ class _Worker(Generic[J, R]):
         except (EOFError, OSError):
             self.pipe.close()  # a process that still lives ends at this
             self.process.join(_DYING_S)
-            reason = f"the reader process died ({_describe_exit(self.process.exitcode)})"
+            reason = f"its process died ({_describe_exit(self.process.exitcode)})"
             self.end()
             return Lost(status=Status.CRASHED, reason=reason)
         return result

@@ -98,8 +98,8 @@ VERBS: dict[str, Verb] = {
         pieces="pieces",
     ),
     "pretrain": Verb(
-        "eosin.pretrain.train",
-        "PretrainConfig",
+        "eosin.launch.training",
+        "TrainingConfig",
         "pretrain",
         "shards to a run folder with an exported encoder; resumes when the folder exists",
         "eosin pretrain --config pretrain/smoke shards=curated/shards out=runs/first",
@@ -119,6 +119,14 @@ VERBS: dict[str, Verb] = {
         "evaluate",
         "encoder on labelled tiles to results.json and report.html, floors beside it",
         "eosin eval encoder=runs/first/encoder task.tiles=/data/labels.csv out=runs/first/eval",
+        plan="plan",
+    ),
+    "watch": Verb(
+        "eosin.eval.watch_exports",
+        "WatchConfig",
+        "watch",
+        "score each export of a running training (probe.where=job) as it appears, until it is done",
+        "eosin watch run=runs/first probe.tiles=/data/labels.csv",
         plan="plan",
     ),
     "stain": Verb(
@@ -179,6 +187,14 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         options=("json",),
     ),
+    "doctor": Verb(
+        "eosin.launch.doctor",
+        "DoctorConfig",
+        "doctor",
+        "this machine: what eosin finds and would choose on it, and what to mend",
+        "eosin doctor folder=runs --json doctor.json",
+        options=("json",),
+    ),
 }
 
 FLAGS = """\
@@ -190,7 +206,11 @@ FLAGS = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Exit code 0: done; 1: the work failed; 2: bad usage, config or input."""
+    """Runs one verb.
+
+    Exit code 0: done; 1: the work failed; 2: bad usage, config or input; 75: it was interrupted,
+    and the same command goes on.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Spinning OpenMP threads make two busy processes on two cores five times slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -322,7 +342,8 @@ def _describe_os_error(error: OSError) -> str:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"eosin: {message}", file=sys.stderr)
+    rank = f"[rank {os.environ.get('RANK', '?')}]" if "WORLD_SIZE" in os.environ else ""
+    print(f"eosin{rank}: {message}", file=sys.stderr)
     return code
 
 

@@ -22,14 +22,6 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from eosin.configs.errors import EosinError
 
@@ -102,6 +94,9 @@ def held_boxes(tensors: Mapping[str, Tensor]) -> dict[str, Box]:
     Raises:
         EosinError: a tensor of which one process holds several boxes.
     """
+    # here: torch.distributed.checkpoint takes seconds to import
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors))
     boxes: dict[str, Box] = {}
@@ -220,6 +215,15 @@ def fill(
         shapes: of the whole tensors.
         parts: what each file holds.
     """
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     held = {name: t.detach() for name, t in tensors.items() if local_part(t).numel()}
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in held}
     files: dict[MetadataIndex, str] = {}

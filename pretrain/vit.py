@@ -136,7 +136,7 @@ class Vit(nn.Module):
 
     def __init__(self, config: VitConfig, attention: AttentionFn = sdpa_attention) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attention_kernel = config, attention
         width = config.width
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))

@@ -18,7 +18,8 @@ LAUNCH_TOP = {
     "chain",
     "local",
     "submit",
-}  # and all that is called bench…
+    "training",
+}  # and all that is called bench… or check…
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "core", "base", "manager", "factory"}
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -27,7 +28,7 @@ def layer_of(module: str) -> str:
     _, folder, *rest = module.split(".")
     if folder != "launch":
         return folder
-    top = bool(rest) and (rest[0] in LAUNCH_TOP or rest[0].startswith("bench"))
+    top = bool(rest) and (rest[0] in LAUNCH_TOP or rest[0].startswith(("bench", "check")))
     return "launch-top" if top else "launch-base"
 
 

@@ -4,8 +4,8 @@ Key biases are left out of comparisons: their true gradient is zero, so AdamW ma
 """
 
 import json
-import os
-import subprocess
+import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,10 +13,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from ranks import ranks_of
+from safetensors.torch import load_file
 from torch import Tensor
 
+from eosin.configs.errors import ConfigError
+from eosin.configs.load import load_config, to_yaml
 from eosin.data_curation.shards import ShardConfig, shard
+from eosin.launch.process import join_world
+from eosin.launch.signals import StopRequests
 from eosin.pretrain.checkpoint import list_checkpoints, read_tensors
+from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.loader import open_shards
+from eosin.pretrain.train import pretrain, run
 
 TINY = [
     "batch_size=8", "group_size=2", "threads=1", "log_every=1", "checkpoints.every=5", "steps=10",
@@ -52,23 +61,33 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def train(shards: Path, out: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """The command, on so many ranks."""
-    verb = ["-m", "eosin.launch.cli", "pretrain", f"shards={shards}", f"out={out}"]
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launch, *verb, *TINY, *overrides],
-        capture_output=True, text=True, check=False, timeout=300, env=environment,
-    )  # fmt: skip
+def config_for(shards: Path, out: Path, *overrides: str) -> PretrainConfig:
+    return load_config(PretrainConfig, (), [f"shards={shards}", f"out={out}", *TINY, *overrides])
 
 
-def run(shards: Path, out: Path, ranks: int, *overrides: str) -> Path:
-    done = train(shards, out, ranks, *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+def in_one_process(configs: list[PretrainConfig]) -> None:
+    for config in configs:
+        pretrain(config)
+
+
+def on_ranks(ranks: int, configs: list[PretrainConfig], folder: Path) -> None:
+    """All trainings one after another, in the same processes: starting them takes longest."""
+    folder.mkdir()
+    files = [folder / f"{number}.yaml" for number in range(len(configs))]
+    for file, config in zip(files, configs, strict=True):
+        file.write_text(to_yaml(config))
+    with ranks_of(ranks, [__file__, *map(str, files)], folder) as started:
+        for rank in started:
+            assert rank.ends() == 0, rank.said()  # a deadlock ends here
+
+
+def worker(files: list[str]) -> None:
+    torch.set_num_threads(1)
+    with join_world(torch.device("cpu"), 120) as world, StopRequests() as stops:
+        for file in files:
+            config = load_config(PretrainConfig, [file])
+            reader = open_shards(config.shards, config.loader)
+            run(config, reader, torch.device("cpu"), world, stops)
 
 
 def state(run_folder: Path, step: int | None = None) -> dict[str, Tensor]:
@@ -103,12 +122,118 @@ def assert_equal_to_rounding(one: Path, other: Path) -> None:
             torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5, msg=name)
 
 
+LAYOUTS = ("ddp", "fsdp")
+PARTS = ["objective.spread={kind: kde, over: group}", "masks.exact=true"]
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder a run: what one process and two ranks train."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def configured(name: str, *overrides: str) -> PretrainConfig:
+        return config_for(shards, folder / name, *overrides)
+
+    one = [configured(f"{name}-none", *o) for name, o in OBJECTIVES.items()]
+    one += [configured("parts-none", *PARTS), configured("parts-2", *PARTS, "accumulate=2")]
+    in_one_process(one)
+    two = [
+        configured(f"{name}-{layout}", *o, f"parallel={layout}")
+        for name, o in OBJECTIVES.items()
+        for layout in LAYOUTS
+    ]
+    two += [
+        configured(f"parts-{layout}", *PARTS, "accumulate=2", f"parallel={layout}")
+        for layout in LAYOUTS
+    ]
+    on_ranks(2, two, folder / "two")
+    return folder
+
+
 @pytest.mark.pitfall(19)
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_ranks_train_what_one_trains(
-    shards: Path, tmp_path: Path, objective: str, layout: str
+def test_two_ranks_train_what_one_trains(runs: Path, objective: str, layout: str) -> None:
+    assert_equal_to_rounding(runs / f"{objective}-none", runs / f"{objective}-{layout}")
+
+
+@pytest.mark.pitfall(19)
+@pytest.mark.parametrize("run_name", ["parts-2", "parts-ddp", "parts-fsdp"])
+def test_a_batch_taken_in_parts_gives_the_gradient_of_the_whole(runs: Path, run_name: str) -> None:
+    assert_equal_to_rounding(runs / "parts-none", runs / run_name)
+
+
+def test_the_encoder_of_shards_is_exported_whole(runs: Path) -> None:
+    one, two = (
+        load_file(runs / f"koleo-{layout}" / "encoder" / "model.safetensors")
+        for layout in ("none", "fsdp")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        mine, theirs = (without_key_biases(name, t) for t in (tensor, two[name]))
+        torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.pitfall(20)
+def test_ranks_and_layouts_change_between_stops(shards: Path, runs: Path, tmp_path: Path) -> None:
+    """2 → 1 → 2 ranks, sharded and replicated: the same order, and weights to rounding."""
+    out = tmp_path / "elastic"
+    overrides = [*OBJECTIVES["koleo"], "checkpoints={every: 1, keep: 20}"]
+    stops = ((2, 3, "fsdp"), (1, 6, "none"), (2, 10, "ddp"))
+    for ranks, last, layout in stops:
+        config = config_for(shards, out, *overrides, f"parallel={layout}")
+        if ranks == 1:
+            pretrain(config)
+        else:
+            on_ranks(2, [config], tmp_path / f"ranks-{last}")
+        if last < 10:  # as if it had been killed: later checkpoints are gone
+            for path in list_checkpoints(out / "checkpoints"):
+                if int(path.name.removeprefix("step_")) > last:
+                    shutil.rmtree(path)
+            (out / "done.json").unlink()
+    assert_equal_to_rounding(runs / "koleo-none", out)
+
+
+@pytest.mark.slow
+def test_full_and_hybrid_sharding_on_four_ranks(shards: Path, runs: Path, tmp_path: Path) -> None:
+    overrides = [*OBJECTIVES["koleo"], "group_size=2"]
+    layouts = {
+        "fsdp": ["parallel=fsdp"],
+        "hybrid": ["parallel=hybrid", "shard_ranks=2"],
+        "ddp": ["parallel=ddp"],
+    }
+    on_ranks(
+        4,
+        [config_for(shards, tmp_path / name, *overrides, *o) for name, o in layouts.items()],
+        tmp_path / "four",
+    )
+    for name in layouts:
+        assert_equal_to_rounding(runs / "koleo-none", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["accumulate=2"], "spread.over=batch"),
+        (["accumulate=3", *PARTS], "whole groups"),
+        (["accumulate=2", *PARTS, "objective.gram={weight: 1.0, level: batch}"], "level=image"),
+        (["parallel=fsdp"], "several processes"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(
+    shards: Path, tmp_path: Path, overrides: list[str], words: str
 ) -> None:
-    one = run(shards, tmp_path / "one", 1, *OBJECTIVES[objective])
-    two = run(shards, tmp_path / "two", 2, *OBJECTIVES[objective], f"parallel={layout}")
-    assert_equal_to_rounding(one, two)
+    with pytest.raises(ConfigError, match=words):
+        pretrain(config_for(shards, tmp_path, *overrides))
+
+
+def test_training_leaves_the_global_random_states_alone(shards: Path, tmp_path: Path) -> None:
+    """So there is no state of theirs to save."""
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    pretrain(config_for(shards, tmp_path, "steps=2"))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1]) and random.getstate() == before[2]
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1:])
