@@ -8,6 +8,7 @@ a task of an array does), and what supervisors write. Only its owner can enter i
 import importlib
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,12 @@ def launch(config: LaunchConfig) -> None:
     write_text(folder / "launch.yaml", to_yaml(config))
     jobs: list[Job] = []
     try:
-        for submission in _submissions(config, stages, folder, slurm.max_array_size()):
+        submissions = list(_submissions(config, stages, folder, slurm.max_array_size()))
+    except EosinError:  # of a verb whose slides cannot be listed
+        shutil.rmtree(folder)
+        raise
+    try:
+        for submission in submissions:
             jobs.append(submission.submit(folder, jobs))
             write_jobs(folder, jobs)
     except (FailedJobError, FailedSubmissionError, OSError) as error:
@@ -78,19 +84,19 @@ def plan(config: LaunchConfig) -> str:
 class Submission:
     """One call of sbatch: a job, or an array of tasks."""
 
+    number: int
+    """In the launch, from 0."""
     stage: str
     title: str
     tasks: list[Task]
     parameters: dict[str, Any]
-    after: list[int]
-    """Numbers of the submissions that it waits for."""
-    condition: str
-    """``afterok`` or ``afterany``."""
+    after: dict[str, list[int]]
+    """Numbers of the submissions that it waits for, by condition: ``afterok``, ``afterany``."""
 
     def submit(self, folder: Path, before: Sequence[Job]) -> Job:
         """Hands it to Slurm."""
         executor = SlurmExecutor(folder / "jobs")
-        executor.update_parameters(**self._parameters([before[i].slurm_id for i in self.after]))
+        executor.update_parameters(**self._parameters([job.slurm_id for job in before]))
         ids = [job.job_id for job in executor.submit_array(self.tasks)]
         return Job(
             stage=self.stage,
@@ -102,19 +108,20 @@ class Submission:
         )
 
     def script(self, folder: Path) -> str:
-        """What sbatch would get; jobs it waits for by the name of their verb."""
+        """What sbatch would get; jobs that it waits for by their numbers in this launch."""
         where = shlex.quote(str((folder / "jobs").absolute()))
         return _make_sbatch_string(
             command=f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {where}",
             folder=folder / "jobs",
             map_count=len(self.tasks) if len(self.tasks) > 1 else None,
-            **self._parameters([f"JOB_{i + 1}" for i in self.after]),
+            **self._parameters([f"JOB_{i + 1}" for i in range(self.number)]),
         )
 
     def _parameters(self, before: Sequence[str]) -> dict[str, Any]:
-        if not before:
+        waits = [":".join([how, *(before[i] for i in which)]) for how, which in self.after.items()]
+        if not waits:
             return self.parameters
-        dependency = ":".join([self.condition, *before])
+        dependency = ",".join(waits)
         extra = self.parameters["additional_parameters"] | {"kill-on-invalid-dep": "yes"}
         return self.parameters | {"dependency": dependency, "additional_parameters": extra}
 
@@ -132,32 +139,33 @@ def _submissions(
         write: whether to write which pieces a task of an array does.
     """
     number = 0
-    after: list[int] = []
+    after: dict[str, list[int]] = {}
     for stage in stages:
         parts = _write_parts(stage, folder / "parts" / stage.name, write)
         arrays = [parts[i : i + most] for i in range(0, len(parts), most)]
         limits = Limits(restarts=config.max_restarts, stuck=config.retries, retry_failures=True)
         for array in arrays:
             yield Submission(
+                number=number,
                 stage=stage.name,
                 title=f"{len(array)} tasks",
                 tasks=[_task(config, stage, folder, limits, f"only={part}") for part in array],
                 parameters=_parameters(config, stage, folder),
                 after=after,
-                condition="afterok",
             )
-        number += len(arrays)
-        merges = list(range(number - len(arrays), number))
+            number += 1
+        # the last job judges, so it waits for tasks that failed, too
+        waits = {"afterany": list(range(number - len(arrays), number))} if arrays else {}
         limits = Limits(restarts=config.max_restarts, stuck=config.max_stuck)
         yield Submission(
+            number=number,
             stage=stage.name,
             title="what is left, and the tables" if arrays else "1 job",
             tasks=[_task(config, stage, folder, limits)],
             parameters=_parameters(config, stage, folder),
-            after=merges or after,
-            condition="afterany" if merges else "afterok",
+            after=after | waits,
         )
-        after = [number]
+        after = {"afterok": [number]}
         number += 1
 
 

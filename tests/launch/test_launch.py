@@ -175,6 +175,23 @@ def test_the_shown_scripts_have_what_was_asked_for(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_array_in_a_chain_waits_and_its_last_job_does_not_follow_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slurm, "has_slurm", lambda: False)
+    for name in "abc":
+        (tmp_path / f"{name}.svs").write_bytes(b"x")
+    tile = ["tile", "slides=.", "out=tiles"]
+    stages = "stages={tile-2: {array: 2}}"
+    assert main(["launch", "--dry-run", "where=slurm", stages, "--", *tile, "--", *tile]) == 0
+    first, array, last = capsys.readouterr().out.split("# tile")[1:]
+    assert "dependency" not in first and "--array" not in first
+    assert "--array=0-1%2\n" in array and "--dependency=afterok:JOB_1\n" in array
+    assert "--dependency=afterok:JOB_1,afterany:JOB_2\n" in last and "--array" not in last
+    assert "kill-on-invalid-dep=yes" in last
+
+
 SUPERVISE = """
 import sys
 from eosin.launch.restarts import Limits
