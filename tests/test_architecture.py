@@ -15,6 +15,9 @@ LAUNCH_TOP = {
     "demo",
     "plan",
     "doctor",
+    "chain",
+    "local",
+    "submit",
     "training",
 }  # and all that is called bench… or check…
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "core", "base", "manager", "factory"}
