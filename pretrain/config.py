@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from eosin.configs.errors import ConfigError
 from eosin.launch.metrics import WandbMode
+from eosin.launch.preflight import PreflightConfig
 from eosin.launch.process import DeviceName, PrecisionName, World
 from eosin.pretrain.attention import AttentionName
 from eosin.pretrain.augment import AugmentConfig
@@ -42,6 +43,7 @@ MAY_CHANGE = frozenset(
         "shard_ranks",
         "accumulate",
         "timeout_s",
+        "preflight",
         "accept_changes",
         "spike",
         "wandb",
@@ -136,6 +138,8 @@ class PretrainConfig:
     max_bad_steps: int = 10
     """Steps with a NaN or Inf in a row after which the run stops; such a step changes nothing, and
     is looked for every `log_every` steps."""
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    """What each node has to show before the first step, where there are several processes."""
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     """What is a spike of the loss, for going back to the last good checkpoint and passing over the
     data that made it; off by default."""

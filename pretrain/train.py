@@ -13,6 +13,7 @@ import torch
 from eosin.configs.errors import EosinError, InterruptedRunError
 from eosin.data_curation.shard_reader import ShardReader
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
+from eosin.launch.preflight import preflight
 from eosin.launch.process import (
     World,
     choose_device,
@@ -109,6 +110,9 @@ def run(
         record_run(out, config)
     status = Status(out, world)
     world.tell(f"{t.choices}, {len(reader)} records, step {state.step} of {config.steps}")
+    if world.size > 1 and config.preflight.enabled:
+        status.update(state="preflight")
+        preflight(world, device, lambda: data.read_bytes(state.step), config.preflight)
     if config.augment.render == "device" and device.type == "cpu":
         world.tell("warning: without a GPU augment.render=device takes ten times as long")
     world.tell(mixture_lines(data.order, config.mixture.column), end="")
