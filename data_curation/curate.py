@@ -12,6 +12,7 @@ from eosin.configs.errors import EosinError, TooManyFailedError
 from eosin.data_curation.selection import SelectConfig, write_selection
 from eosin.data_curation.shards import ShardConfig, ShardOptions, shard
 from eosin.data_curation.tiles import TileConfig, TileOptions, tile
+from eosin.data_curation.tiles import pieces as list_pieces
 from eosin.data_curation.tiles import plan as plan_tiles
 
 
@@ -29,11 +30,13 @@ class CurateConfig:
     """Which tiles are taken."""
     shard: ShardOptions = field(default_factory=ShardOptions)
     """How they are packed."""
+    only: Path | None = None
+    """File of slide_ids, one a line: these alone are tiled, and nothing more is done."""
 
     @property
     def tile_config(self) -> TileConfig:
         """The first stage's config."""
-        return TileConfig(slides=self.slides, out=self.out, **self.tile.__dict__)
+        return TileConfig(slides=self.slides, out=self.out, only=self.only, **self.tile.__dict__)
 
     @property
     def selection(self) -> Path:
@@ -61,6 +64,9 @@ def curate(config: CurateConfig) -> None:
         TooManyFailedError: more slides or tiles failed than `max_failed` allows.
         EosinError: a stage cannot be done at all.
     """
+    if config.only is not None:
+        tile(config.tile_config)
+        return
     stages: tuple[Callable[[], None], ...] = (
         lambda: tile(config.tile_config),
         lambda: write_selection(config.out / "tiles.parquet", config.selection, config.select),
@@ -79,6 +85,11 @@ def curate(config: CurateConfig) -> None:
         raise EosinError("; then: ".join(map(str, errors))) from errors[-1]
     if errors:
         raise errors[0]
+
+
+def pieces(config: CurateConfig) -> dict[str, int]:
+    """The slides that are not tiled yet, with the size of their files in bytes."""
+    return list_pieces(config.tile_config)
 
 
 def plan(config: CurateConfig) -> str:

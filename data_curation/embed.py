@@ -57,6 +57,29 @@ def _decode_tiff_or_bmp(data: bytes) -> npt.NDArray[np.uint8]:
         raise ImageError(f"damaged image: {error}") from error
 
 
+def embed_in_memory(
+    encoder: Encoder, paths: Sequence[Path], *, batch_size: int, threads: int = 4
+) -> npt.NDArray[np.float32]:
+    """Features [N, D] of image files, kept nowhere.
+
+    Args:
+        encoder: from `load_encoder`.
+        paths: image files, N.
+        batch_size: tiles a forward pass.
+        threads: that decode and resize.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    features = []
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(paths), batch_size):
+            batch = paths[first : first + batch_size]
+            prepared = list(pool.map(lambda path: encoder.prepare(read_image(path)), batch))
+            features.append(encoder.forward(prepared))
+    return np.concatenate(features)
+
+
 def embed_images(
     encoder: Encoder,
     paths: Sequence[Path],

@@ -62,6 +62,17 @@ def list_slides(slides: Path) -> list[SlideSource]:
     return sorted(_without_collisions(found), key=lambda source: source.slide_id)
 
 
+def slide_bytes(path: Path) -> int:
+    """Size of a slide on disk; of a MIRAX or DICOM slide with the files beside it."""
+    suffix = path.suffix.lower()
+    beside: Iterable[Path] = ()
+    if suffix == ".mrxs":
+        beside = path.with_suffix("").glob("*")
+    elif suffix == ".dcm":
+        beside = (other for other in path.parent.glob("*") if other != path)
+    return path.stat().st_size + sum(other.stat().st_size for other in beside)
+
+
 def _source(
     name: str,
     path: Path,

@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from eosin.configs.errors import EosinError, TooManyFailedError
+from eosin.configs.errors import EosinError, InputError, TooManyFailedError
 from eosin.data_curation.grid import make_grid
 from eosin.data_curation.isolation import Lost, run_isolated
 from eosin.data_curation.manifest import SLIDES, TILES, Status, read_table, write_table
 from eosin.data_curation.slide import RegionError, Slide
-from eosin.data_curation.slide_list import SlideSource, list_slides
+from eosin.data_curation.slide_list import SlideSource, list_slides, slide_bytes
 from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.tile_slide import (
     FORMAT,
@@ -84,6 +84,9 @@ class TileConfig(TileOptions):
     slides: Path
     out: Path
     """Folder for slides.parquet, tiles.parquet and slides/SLIDE_ID/overlay.png."""
+    only: Path | None = None
+    """File of slide_ids, one a line: these alone are tiled, and neither merged nor judged; a call
+    without it does the rest."""
 
 
 def tile(config: TileConfig) -> None:
@@ -96,7 +99,7 @@ def tile(config: TileConfig) -> None:
         EosinError: there is no tissue at all.
     """
     started = time.monotonic()
-    sources = list_slides(config.slides)
+    sources = _chosen(list_slides(config.slides), config.only)
     config.out.mkdir(parents=True, exist_ok=True)
     jobs = [_job(source, config) for source in sources]
     records = {job.source.slide_id: _finished(job) for job in jobs}
@@ -104,9 +107,36 @@ def tile(config: TileConfig) -> None:
     if todo:
         records |= _tile_all(todo, len(jobs) - len(todo), config)
     rows = [(source, records[source.slide_id] or empty_record()) for source in sources]
-    _merge(rows, jobs, config)
+    if config.only is None:
+        _merge(rows, jobs, config)
     print(_summary(rows, len(todo), time.monotonic() - started))
-    _judge(rows, config)
+    if config.only is None:
+        _judge(rows, config)
+
+
+def pieces(config: TileConfig) -> dict[str, int]:
+    """The slides that are not tiled yet, with the size of their files in bytes."""
+    jobs = [_job(source, config) for source in list_slides(config.slides)]
+    return {
+        job.source.slide_id: slide_bytes(job.source.path) for job in jobs if _finished(job) is None
+    }
+
+
+def _chosen(sources: list[SlideSource], only: Path | None) -> list[SlideSource]:
+    """The slides that the file `only` names; all of them without it.
+
+    Raises:
+        InputError: the file is missing, or names what is no slide here.
+    """
+    if only is None:
+        return sources
+    if not only.is_file():
+        raise InputError(f"only={only}: no such file")
+    names = set(only.read_text().split())
+    unknown = sorted(names - {source.slide_id for source in sources})
+    if unknown:
+        raise InputError(f"{only} names {unknown[0]}, which is no slide here")
+    return [source for source in sources if source.slide_id in names]
 
 
 def _tile_all(todo: list[SlideJob], done: int, config: TileConfig) -> dict[str, dict[str, Any]]:
@@ -126,7 +156,7 @@ def _tile_all(todo: list[SlideJob], done: int, config: TileConfig) -> dict[str, 
 
 def plan(config: TileConfig) -> str:
     """What `tile` would do: slides, cells, time and memory. Reads metadata and a few tiles."""
-    sources = list_slides(config.slides)
+    sources = _chosen(list_slides(config.slides), config.only)
     jobs = [_job(source, config) for source in sources]
     todo = [job for job in jobs if _finished(job) is None]
     cells, refused = 0, []

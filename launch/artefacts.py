@@ -94,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The JSON value in `path`."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text("utf-8"))
 
 
 def stamp_of(**parts: Any) -> str:

@@ -11,12 +11,20 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from eosin.launch.process import World
 from eosin.launch.stopwatch import NoWatch, Watch, watched
 from eosin.pretrain.batch import Batch, Inputs
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Losses
 from eosin.pretrain.gradients import forward
-from eosin.pretrain.optim import build_optimizer, clip_gradients, set_rates, step_unless_bad
+from eosin.pretrain.optim import (
+    build_optimizer,
+    clip_gradients,
+    forget_gradients,
+    hand_gradients,
+    set_rates,
+    step_unless_bad,
+)
 from eosin.pretrain.plain_step import PlainDistiller, clip
 from eosin.pretrain.positions import Jitter
 from eosin.pretrain.rates import Rates
@@ -57,14 +65,20 @@ class FastStep:
         device: see `launch.process`.
         dtype: of the matrix products.
         folder: where bad steps are written down.
+        world: the ranks.
     """
 
     def __init__(
-        self, config: PretrainConfig, device: torch.device, dtype: torch.dtype, folder: Path
+        self,
+        config: PretrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        folder: Path,
+        world: World | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self.inputs = Inputs(device, config.mean, config.std)
-        self.training = set_up(config, device, dtype)
+        self.training = set_up(config, device, dtype, world)
         self.model, self.optimizer = self.training.model, self.training.optimizer
         self.choices = self.training.choices
         self.parts = dict(self.model.student.named_children())
@@ -84,16 +98,18 @@ class FastStep:
         self.watch = watch
         watch.switch(INPUTS)
         rates = Rates.at(self.config, batch.step)
-        losses, outputs = forward(self.config, self.model, batch, rates, self.inputs, self.dtype)
+        step, over_shards = self.training.layout.step, self.training.layout.over_shards
+        losses, outputs = forward(self.config, step, batch, rates, self.inputs, self.dtype)
         watch.switch(BACKWARD)
         losses.total.backward()
         watch.switch(OPTIMISER)
         optim = self.config.optim
-        norms = clip_gradients(self.parts.values(), optim.clip_norm, optim.clip)
+        norms = clip_gradients(self.parts.values(), optim.clip_norm, optim.clip, over_shards)
         bad = self.guard.judge(batch.step, batch.rows, torch.stack(losses), norms)
         set_rates(self.optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
+        hand_gradients(self.model.student)
         step_unless_bad(self.optimizer, bad)
-        self.optimizer.zero_grad()
+        forget_gradients(self.model.student)
         watch.switch(EMA)
         self.model.update_teacher(outputs, rates.momentum, bad)
         watch.switch(LOSSES)

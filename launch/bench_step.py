@@ -48,6 +48,7 @@ from eosin.pretrain.loss_memory import compare_loss_memory
 from eosin.pretrain.masking import MaskConfig
 from eosin.pretrain.network import ObjectiveConfig
 from eosin.pretrain.optim import OptimConfig
+from eosin.pretrain.parallel import ParallelName
 from eosin.pretrain.plain_step import check_plain
 from eosin.pretrain.prototype_kernels import LossKernelName
 from eosin.pretrain.rate import Rate
@@ -102,6 +103,8 @@ class BenchStepConfig:
     """Of our cross-entropies over prototypes."""
     compile: CompileName = "auto"
     """torch.compile of our blocks and heads; ``auto`` does it on a GPU."""
+    parallel: ParallelName = "auto"
+    """Of our step; `eosin bench layouts` sets it."""
     recompute: Recompute = "none"
     """What our blocks compute again in the backward instead of keeping it in memory."""
     threads: int = 0
@@ -138,7 +141,7 @@ class BenchStepConfig:
             for name in (
                 "model", "objective", "augment", "masks", "optim", "batch_size", "group_size",
                 "seed", "loader", "device", "precision", "attention", "loss_kernels", "compile",
-                "recompute", "threads",
+                "recompute", "threads", "parallel",
             )
         }  # fmt: skip
         return PretrainConfig(shards=self.shards or "", out=Path(), steps=TOTAL_STEPS, **shared)

@@ -50,7 +50,8 @@ def check(folder: Path) -> list[Finding]:
     """Runs every kernel."""
     device = choose_device("auto")
     dtype = choose_precision("auto", device)
-    return judge(look(device, dtype), f"{device.type} in {dtype}", _TOLERANCE[dtype])
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    return judge(look(device, dtype), f"{device.type} in {precision}", _TOLERANCE[dtype])
 
 
 def look(device: torch.device, dtype: torch.dtype) -> list[Kernel]:
@@ -74,7 +75,7 @@ def _tried(
     try:
         found = choose()
     except ConfigError as reason:
-        return Kernel(kind=kind, name=name, lacking=printable(str(reason)))
+        return Kernel(kind=kind, name=name, lacking=printable(str(reason).partition(";")[0]))
     try:
         error = error_of(found)
     except Exception as problem:  # a kernel may fail in any way of its library
@@ -162,10 +163,10 @@ def judge(kernels: Sequence[Kernel], where: str, tolerance: float) -> list[Findi
 
 def _row(kernel: Kernel, where: str, tolerance: float) -> Finding:
     name = f"{kernel.kind} {kernel.name}"
-    choice = f"{kernel.kind} on {where}" if kernel.chosen else ""
     if kernel.lacking:
         return Finding(AREA, name, f"not here: {kernel.lacking}")
     key = "attention" if kernel.kind == "attention" else "loss_kernels"
+    choice = f"{key}={kernel.name} on {where}" if kernel.chosen else ""
     instead = f"{key}={'sdpa' if kernel.kind == 'attention' else 'plain'}"
     if kernel.failure:
         found, advice = f"fails: {kernel.failure}", f"set {instead}, and reinstall {kernel.name}"

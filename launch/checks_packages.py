@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from eosin.configs.errors import printable
 from eosin.launch.checks import Finding
-from eosin.launch.run_dir import git_commit
+from eosin.launch.snapshot import read_commit
 
 AREA = "packages"
 
@@ -65,7 +65,7 @@ def check(folder: Path) -> list[Finding]:
 def look() -> Packages:
     """The facts."""
     asked = [Requirement(line) for line in importlib.metadata.requires("eosin") or []]
-    commit = git_commit()
+    commit = read_commit()
     return Packages(
         eosin=_version("eosin") + (f" at {commit[:10]}" if commit else ""),
         python=platform.python_version(),

@@ -23,7 +23,7 @@ from eosin.launch.process import join_world
 AREA = "processes"
 
 _RANKS = 2
-_LIMIT_S = 30
+_LIMIT_S = 90
 _MIB = 16
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "UCX_", "FI_")
 _LOCAL = ("lo", "docker", "veth", "br-", "virbr", "ifb", "dummy")

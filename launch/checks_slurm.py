@@ -12,7 +12,7 @@ from eosin.launch.checks import Finding
 
 AREA = "Slurm"
 
-_ANSWER_S = 8
+_ANSWER_S = 20
 _SHOWN = 8
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eosin.configs.errors import ConfigError, EosinError
@@ -32,6 +32,18 @@ class Verb:
     """Name of the function in `module` that answers ``--dry-run`` with a text."""
     options: tuple[str, ...] = ()
     """Config keys that ``--key VALUE`` fills, too."""
+    ranks: bool = False
+    """Whether it runs as several processes that share the work."""
+    pieces: str = ""
+    """Name of the function in `module` that lists what is left to do, by piece, with its size; the
+    config key `only` then names a file of pieces to do."""
+    tail: str = ""
+    """Config key that takes what follows ``--``."""
+
+    def load_schema(self) -> type[Any]:
+        """The config dataclass; imports the module."""
+        schema: type[Any] = getattr(importlib.import_module(self.module), self.schema)
+        return schema
 
 
 VERBS: dict[str, Verb] = {
@@ -50,6 +62,7 @@ VERBS: dict[str, Verb] = {
         "slides to slides.parquet, tiles.parquet and overlays",
         "eosin tile slides=/data/slides out=tiles mpp=0.5",
         plan="plan",
+        pieces="pieces",
     ),
     "shard": Verb(
         "eosin.data_curation.shards",
@@ -82,14 +95,16 @@ VERBS: dict[str, Verb] = {
         "slides to shards in one resumable command: tile, select, shard",
         "eosin curate slides=/data/slides out=curated tile.mpp=0.5",
         plan="plan",
+        pieces="pieces",
     ),
     "pretrain": Verb(
-        "eosin.pretrain.train",
-        "PretrainConfig",
+        "eosin.launch.training",
+        "TrainingConfig",
         "pretrain",
         "shards to a run folder with an exported encoder; resumes when the folder exists",
         "eosin pretrain --config pretrain/smoke shards=curated/shards out=runs/first",
         plan="plan",
+        ranks=True,
     ),
     "plan": Verb(
         "eosin.launch.plan",
@@ -114,12 +129,53 @@ VERBS: dict[str, Verb] = {
         "eosin eval encoder=runs/first/encoder task.tiles=/data/labels.csv out=runs/first/eval",
         plan="plan",
     ),
+    "watch": Verb(
+        "eosin.eval.watch_exports",
+        "WatchConfig",
+        "watch",
+        "score each export of a running training (probe.where=job) as it appears, until it is done",
+        "eosin watch run=runs/first probe.tiles=/data/labels.csv",
+        plan="plan",
+    ),
     "stain": Verb(
         "eosin.pretrain.stain_fit",
         "StainFitConfig",
         "fit_stain",
         "the stain statistics of a set of shards, as YAML for augment.stain",
         "eosin stain shards=curated/shards out=stain.yaml",
+    ),
+    "launch": Verb(
+        "eosin.launch.submit",
+        "LaunchConfig",
+        "launch",
+        "any verbs as jobs on Slurm, or here as several processes; queued again until done",
+        "eosin launch nodes=4 gpus=8 -- pretrain shards=shards out=runs/big -- export run=runs/big",
+        plan="plan",
+        tail="command",
+    ),
+    "launch status": Verb(
+        "eosin.launch.jobs",
+        "StatusConfig",
+        "status",
+        "how the jobs of a launch stand",
+        "eosin launch status launches/pretrain-1",
+        positional="folder",
+    ),
+    "launch logs": Verb(
+        "eosin.launch.jobs",
+        "LogsConfig",
+        "logs",
+        "the end of the logs of a launch's jobs",
+        "eosin launch logs launches/pretrain-1 stage=pretrain rank=0",
+        positional="folder",
+    ),
+    "launch cancel": Verb(
+        "eosin.launch.jobs",
+        "CancelConfig",
+        "cancel",
+        "end the jobs of a launch, waiting or running",
+        "eosin launch cancel launches/pretrain-1",
+        positional="folder",
     ),
     "bench data": Verb(
         "eosin.launch.bench_data",
@@ -137,6 +193,14 @@ VERBS: dict[str, Verb] = {
         "a training step against a plain one: tiles/s, FLOP/s, memory, and time by part",
         "eosin bench step model.drop_path=0.3 threads=1 --json step.json",
         plan="plan",
+        options=("json",),
+    ),
+    "bench layouts": Verb(
+        "eosin.launch.bench_layouts",
+        "BenchStepConfig",
+        "bench_layouts",
+        "the same step alone, replicated and sharded on one rank; and what a checkpoint costs it",
+        "eosin bench layouts --config bench/step_gpu --json layouts.json",
         options=("json",),
     ),
     "doctor": Verb(
@@ -166,9 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Spinning OpenMP threads make two busy processes on two cores five times slower than one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    debug = "--debug" in arguments
+    own = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:own]
     try:
-        return _dispatch([a for a in arguments if a != "--debug"])
+        return _dispatch([a for a in arguments[:own] if a != "--debug"], arguments[own + 1 :])
     except EosinError as error:
         return _fail(str(error), error.exit_code, debug)
     except OSError as error:
@@ -182,19 +247,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted; the same command goes on from here", 130, debug)
 
 
-def _dispatch(arguments: list[str]) -> int:
-    name, rest = _split_verb(arguments)
+def _dispatch(arguments: list[str], tail: list[str]) -> int:
+    name, rest = split_verb(arguments)
     if name is None:
         print(_usage())
         return 0
     verb = VERBS[name]
-    files, overrides, flags = _parse(rest, verb)
+    files, overrides, flags = parse_arguments(rest, verb)
     module = importlib.import_module(verb.module)
-    schema = getattr(module, verb.schema)
+    schema = verb.load_schema()
     if "--help" in flags:
         print(_verb_help(name, verb, schema))
         return 0
     config = load_config(schema, files, overrides)
+    if tail:
+        if not verb.tail:
+            raise ConfigError(f"'eosin {name}' takes nothing after '--'")
+        config = replace(config, **{verb.tail: tail})
     if "--print-config" in flags:
         print(to_yaml(config), end="")
         return 0
@@ -209,7 +278,12 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
+def split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The verb that arguments begin with, and the others; None where help is asked for.
+
+    Raises:
+        ConfigError: no such verb.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         return None, []
     two = " ".join(arguments[:2])
@@ -220,7 +294,12 @@ def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
     raise ConfigError(f"no verb '{arguments[0]}'; there are: {', '.join(VERBS)}")
 
 
-def _parse(arguments: list[str], verb: Verb) -> tuple[list[str], list[str], set[str]]:
+def parse_arguments(arguments: list[str], verb: Verb) -> tuple[list[str], list[str], set[str]]:
+    """Config files, overrides and flags among the arguments behind a verb.
+
+    Raises:
+        ConfigError: a flag that there is not, or one that lacks its value.
+    """
     files: list[str] = []
     overrides: list[str] = []
     flags: set[str] = set()

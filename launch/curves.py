@@ -1,4 +1,7 @@
-"""Curves of a training run, from its ``metrics.jsonl``: one small panel a quantity."""
+"""Curves of a training run, from its ``metrics.jsonl``: one small panel a quantity.
+
+Where the run was probed, panels of ``probes.jsonl`` come first, with the best step marked.
+"""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eosin.configs.errors import InputError
-from eosin.launch.pictures import HAEMATOXYLIN, PAGE_PX, STONE, drawing
+from eosin.launch.pictures import EOSIN, HAEMATOXYLIN, PAGE_PX, STONE, drawing
 
 TITLES = {
     "loss": "loss",
@@ -31,9 +34,18 @@ TITLES = {
     "momentum": "teacher momentum",
     "temperature": "teacher temperature",
     "tiles_per_s": "tiles per second",
+    "mfu": "MFU (share of the GPU's peak)",
     "data_wait": "time spent waiting for data",
+    "memory_gib": "peak memory (GiB)",
 }
 """Panels in reading order; a quantity not listed comes behind these under its own name."""
+PROBE_TITLES = {
+    "knn": "probe: kNN on val",
+    "fewshot": "probe: few-shot on val",
+    "rankme": "probe: RankMe",
+    "feature_std": "probe: feature spread",
+}
+"""Panels of a run's probes; the first is what the best is chosen by."""
 COLUMNS = 4
 PANEL_HEIGHT_PX = 340
 SMOOTHING = 0.03
@@ -73,8 +85,16 @@ def read_metrics(path: Path) -> dict[str, Series]:
     return {name: _series(points) for name, points in recorded.items()}
 
 
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    series: Series
+    best: bool = False
+    """Whether the highest point is marked."""
+
+
 def loss_curves(metrics: Path, path: Path) -> None:
-    """Draws each quantity in `metrics` over the steps to `path` (PNG).
+    """Draws each quantity in `metrics` and the probes beside it over the steps to `path` (PNG).
 
     Grey is every record, dark the centred running mean.
 
@@ -84,17 +104,32 @@ def loss_curves(metrics: Path, path: Path) -> None:
     series = read_metrics(metrics)
     names = [name for name in TITLES if name in series]
     names += sorted(series.keys() - TITLES.keys())
-    columns = min(COLUMNS, len(names))
-    rows = -(-len(names) // columns)
+    shown = _probe_panels(metrics.with_name("probes.jsonl"))
+    shown += [_Panel(TITLES.get(name, name.replace("_", " ")), series[name]) for name in names]
+    columns = min(COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
     with drawing(path, PAGE_PX * columns // COLUMNS, PANEL_HEIGHT_PX * rows) as figure:
         figure.set_layout_engine("constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for panel, name in zip(panels, names, strict=False):
-            _draw(panel, TITLES.get(name, name.replace("_", " ")), series[name])
-        for panel in panels[len(names) :]:
+        for panel, what in zip(panels, shown, strict=False):
+            _draw(panel, what)
+        for panel in panels[len(shown) :]:
             panel.set_axis_off()
-        for panel in panels[max(len(names) - columns, 0) : len(names)]:
+        for panel in panels[max(len(shown) - columns, 0) : len(shown)]:
             panel.set_xlabel("step")
+
+
+def _probe_panels(path: Path) -> list[_Panel]:
+    """Of the probes in `path`; none where there are none."""
+    try:
+        series = read_metrics(path)
+    except InputError:
+        return []
+    return [
+        _Panel(title, series[name], best=name in ("knn", "fewshot"))
+        for name, title in PROBE_TITLES.items()
+        if name in series
+    ]
 
 
 def running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
@@ -122,13 +157,16 @@ def _series(points: dict[int, float]) -> Series:
     return Series(np.array(steps, np.int64), np.array([points[step] for step in steps], np.float64))
 
 
-def _draw(panel: Any, title: str, series: Series) -> None:
+def _draw(panel: Any, what: _Panel) -> None:
+    series = what.series
     few = len(series.steps) <= 40
     panel.plot(series.steps, series.values, color=STONE, lw=0.8, marker="o" if few else "", ms=2)
     width = 2 * int(SMOOTHING * len(series.steps) / 2) + 1
     mean = running_mean(series.values, width)
     panel.plot(series.steps, mean, color=HAEMATOXYLIN, lw=1.4)
-    panel.set_title(title)
+    panel.set_title(what.title)
+    if what.best:
+        _mark_best(panel, series)
     known = series.values[np.isfinite(series.values)]
     if known.size and np.ptp(known) == 0:  # else the mean's rounding would fill the panel
         around = 0.5 * abs(known[0]) or 1.0
@@ -139,3 +177,14 @@ def _draw(panel: Any, title: str, series: Series) -> None:
     panel.yaxis.get_offset_text().set_fontsize(7)
     panel.locator_params(axis="x", nbins=4, integer=True)
     panel.locator_params(axis="y", nbins=4)
+
+
+def _mark_best(panel: Any, series: Series) -> None:
+    best = int(np.nanargmax(series.values))
+    step, value = int(series.steps[best]), float(series.values[best])
+    panel.plot([step], [value], color=EOSIN, marker="o", ms=5, lw=0)
+    right = step > series.steps[-1] / 2
+    panel.annotate(
+        f"{value:.3f} at {step}", (step, value), (-7 if right else 7, 0), color=EOSIN, fontsize=8,
+        textcoords="offset points", ha="right" if right else "left", va="center",
+    )  # fmt: skip

@@ -104,8 +104,9 @@ def _table(findings: Sequence[Finding]) -> Table:
         table.add_column(overflow=overflow, no_wrap=overflow == "ellipsis")
     for area, rows in groupby(findings, key=lambda f: f.area):
         for i, row in enumerate(rows):
-            said = Text("\n").join(Text(text) for text in (row.found, *_more(row)))
-            said.stylize(_STYLES[row.verdict] if row.advice else "", len(row.found))
+            said = Text("\n").join(map(Text, (row.found, *_more(row))))
+            if row.advice:
+                said.stylize(_STYLES[row.verdict], said.plain.rindex("→ "))
             table.add_row(
                 Text(area if i == 0 else "", "bold"),
                 Text(row.name),

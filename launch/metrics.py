@@ -6,7 +6,8 @@ is told to forget the same steps, and wandb goes on with the same run.
 """
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeAlias
 
@@ -56,27 +57,30 @@ class Metrics:
         self._records: list[_Record] = []
         if world is not None and not world.leads:
             return
-        records: list[Callable[[], _Record]] = [
-            lambda: JsonLines(folder / "metrics.jsonl", first_step)
-        ]
-        if tensorboard:
-            records.append(lambda: _TensorBoard(folder / "tensorboard", first_step))
-        if wandb != "disabled":
-            records.append(lambda: _Wandb(folder, wandb, config))
-        for start in records:
-            self._records.append(start())
+        try:
+            if tensorboard:
+                self._records.append(_TensorBoard(folder / "tensorboard", first_step))
+            if wandb != "disabled":
+                self._records.append(_Wandb(folder, wandb, config))
+            self._records.append(JsonLines(folder / "metrics.jsonl", first_step))
+        except BaseException:
+            self._close(failed=True)
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for record in self._records:
-            record.close(failed=kind is not None)
+        self._close(failed=kind is not None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Hands the figures of a step to every place."""
         for record in self._records:
             record.write(step, values)
+
+    def _close(self, failed: bool) -> None:
+        for record in self._records:
+            record.close(failed)
 
 
 class JsonLines:
@@ -89,21 +93,33 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int) -> None:
         if path.is_file():
-            kept = [line for line in path.read_bytes().splitlines() if step_of(line) < first_step]
-            write_bytes(path, b"".join(line + b"\n" for line in kept))
-        self._file = path.open("a")
+            write_bytes(path, b"".join(line + b"\n" for line in _kept(path, first_step)))
+        self._path = path
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends one line and hands it to the operating system."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
     def close(self, failed: bool) -> None:
-        """Closes the file."""
-        self._file.close()
+        """There is nothing open."""
 
 
-def step_of(line: bytes) -> float:
+def read_lines(path: Path, first_step: float = math.inf) -> list[dict[str, Any]]:
+    """The objects of such a file before `first_step`; none where there is no file."""
+    return [json.loads(line) for line in _kept(path, first_step)] if path.is_file() else []
+
+
+def dump_lines(records: Iterable[dict[str, Any]]) -> str:
+    """The objects as such a file."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def _kept(path: Path, first_step: float) -> list[bytes]:
+    return [line for line in path.read_bytes().splitlines() if _step_of(line) < first_step]
+
+
+def _step_of(line: bytes) -> float:
     """The step of a line; infinity for one that a killed writer left unfinished."""
     try:
         return float(json.loads(line)["step"])

@@ -80,7 +80,7 @@ class World:
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(parts, mine, group=self.host)
         return [
-            bytes(part[: int(size)].tolist()).decode()
+            part[: int(size)].numpy().tobytes().decode()
             for part, size in zip(parts, sizes, strict=True)
         ]
 
@@ -96,7 +96,8 @@ def join_world(device: torch.device, timeout_s: float) -> Iterator[World]:
 
     Args:
         device: of this process.
-        timeout_s: seconds after which a collective, or the wait for a rank to join, is given up.
+        timeout_s: seconds after which a collective, or the wait for a rank to join, is given up; 0:
+            a day.
 
     Raises:
         ConfigError: some of `RANK_VARIABLES` are missing.
@@ -112,7 +113,7 @@ def join_world(device: torch.device, timeout_s: float) -> Iterator[World]:
             "the processes with torchrun or 'eosin launch'"
         )
     rank, size, local_rank = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s) if timeout_s > 0 else timedelta(days=1)
     store = _meet(rank, size, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

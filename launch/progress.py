@@ -117,7 +117,7 @@ class StepMeter(Meter):
     ) -> None:
         super().__init__(label, steps, "steps", done, stream, shown)
         self.figures: Mapping[str, float] = {}
-        """``loss`` and what `pretrain.rate.Lap.values` gives; what is missing is not shown."""
+        """``loss`` and what `pretrain.rate.Lap.values` gives; of these, those that there are."""
         self._settled = False
 
     def advance(self, units: int = 1, note: str = "") -> None:

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from eosin.configs.load import as_plain, to_yaml
 from eosin.launch.artefacts import write_json, write_text
+from eosin.launch.snapshot import read_commit
 
 RECORDED_PACKAGES = (
     "eosin",
@@ -69,25 +69,8 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "packages": versions,
-        "git_commit": git_commit(),
+        "git_commit": read_commit(),
     }
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -23,11 +23,14 @@ from eosin.configs.load import load_config
 from eosin.launch.artefacts import SCHEMA_VERSION, replacing_folder, write_text
 from eosin.pretrain.checkpoint import (
     DamagedCheckpointError,
+    TrainState,
     list_checkpoints,
     read_state,
     read_tensors,
+    step_of,
 )
 from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.retention import best_step
 from eosin.pretrain.tensor_files import save_tensors
 from eosin.pretrain.vit import Tokens, Vit, VitConfig
 
@@ -44,12 +47,15 @@ TEACHER_PREFIX = "model.teacher.backbone."
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A run's newest checkpoint to an encoder folder; the teacher is what is exported."""
+    """A run's checkpoint to an encoder folder; the teacher is what is exported."""
 
     run: Path
     """Run folder that `eosin pretrain` wrote."""
     out: Path | None = None
     """Encoder folder; ``RUN/encoder`` by default. An existing one is replaced."""
+    step: str = "newest"
+    """Which checkpoint: ``newest``, ``best`` by the live probe on its validation split, or a
+    step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +71,9 @@ class EncoderCard:
     std: tuple[float, float, float]
 
 
-def export(config: ExportConfig) -> None:
-    """Exports the newest whole checkpoint of a run.
-
-    Raises:
-        InputError: the folder holds no run.
-        EosinError: no whole checkpoint.
-    """
-    if not (config.run / "config.yaml").is_file():
-        raise InputError(f"{config.run} holds no run (no config.yaml); 'eosin pretrain' writes one")
-    run = load_config(PretrainConfig, [config.run / "config.yaml"])
-    for path in list_checkpoints(config.run / "checkpoints"):
-        try:
-            state, teacher = read_state(path), read_tensors(path, TEACHER_PREFIX)
-            break
-        except DamagedCheckpointError as error:
-            print(f"passed over a damaged checkpoint: {path.name}: {error}")
-    else:
-        raise EosinError(f"no whole checkpoint in {config.run / 'checkpoints'}")
-    card = EncoderCard(
+def card_at(run: PretrainConfig, state: TrainState) -> EncoderCard:
+    """What an export of a run's teacher after so many steps says about itself."""
+    return EncoderCard(
         steps=state.step,
         tiles_seen=state.step * run.batch_size,
         index_digest=state.index_digest,
@@ -91,9 +81,53 @@ def export(config: ExportConfig) -> None:
         mean=run.mean,
         std=run.std,
     )
+
+
+def export(config: ExportConfig) -> None:
+    """Exports a checkpoint of a run; of the newest that is whole, where none is named.
+
+    Raises:
+        InputError: the folder holds no run, or no such checkpoint.
+        EosinError: no whole checkpoint.
+    """
+    if not (config.run / "config.yaml").is_file():
+        raise InputError(f"{config.run} holds no run (no config.yaml); 'eosin pretrain' writes one")
+    run = load_config(PretrainConfig, [config.run / "config.yaml"])
+    for path in _asked_for(config):
+        try:
+            state, teacher = read_state(path), read_tensors(path, TEACHER_PREFIX)
+            break
+        except DamagedCheckpointError as error:
+            print(f"passed over a damaged checkpoint: {path.name}: {error}")
+    else:
+        raise EosinError(f"no whole checkpoint in {config.run / 'checkpoints'}")
     out = config.out or config.run / "encoder"
-    write_encoder(out, run.model, teacher, card)
-    print(f"encoder after {card.steps} steps: {out}")
+    write_encoder(out, run.model, teacher, card_at(run, state))
+    print(f"encoder after {state.step} steps: {out}")
+
+
+def _asked_for(config: ExportConfig) -> list[Path]:
+    """Checkpoints that will do, in the order in which they are tried."""
+    found = list_checkpoints(config.run / "checkpoints")
+    if config.step == "newest" or not found:
+        return found
+    steps = {step_of(path): path for path in found}
+    wanted: int | None
+    if config.step == "best":
+        wanted = best_step(config.run / "probes.jsonl", steps)
+        if wanted is None:
+            raise InputError(
+                f"no checkpoint of {config.run} was scored; train with probe.tiles=…, or give "
+                f"step=newest or one of {sorted(steps)}"
+            )
+    else:
+        wanted = int(config.step) if config.step.isdecimal() else None
+    if wanted not in steps:
+        raise InputError(
+            f"step={config.step}: {config.run} has checkpoints of steps {sorted(steps)}; or give "
+            "newest or best"
+        )
+    return [steps[wanted]]
 
 
 def write_encoder(out: Path, model: VitConfig, state: dict[str, Tensor], card: EncoderCard) -> None:

@@ -47,7 +47,7 @@ def choose_parallel(
     Raises:
         ConfigError: one process for a layout of several, or several for one.
     """
-    if world.size == 1:
+    if world.group is None:
         if name not in ("auto", "none"):
             raise ConfigError(
                 f"parallel={name} needs several processes: start them with 'eosin launch' or "

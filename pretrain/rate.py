@@ -93,6 +93,7 @@ class Rate:
         self._laps: deque[list[RankTime]] = deque(maxlen=LAPS)
         self._slow: frozenset[int] = frozenset()
         self._started: Moment | None = None
+        self._work: list[tuple[Moment, Moment]] = []
         self._begin_lap()
 
     def waiting(self, stream: Iterable[Batch]) -> Iterator[Batch]:
@@ -144,8 +145,7 @@ class Rate:
     def _begin_lap(self) -> None:
         self._lap_began, self._waited, self._flops = self._clock(), 0.0, 0.0
         self._tiles = self._batches = 0
-        self._started = None
-        self._work: list[tuple[Moment, Moment]] = []
+        self._started, self._work = None, []
 
     def _now(self) -> Moment:
         if not self._is_cuda:

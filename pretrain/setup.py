@@ -10,10 +10,11 @@ from eosin.pretrain.attention import choose_attention
 from eosin.pretrain.backbone_weights import load_backbone
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Distiller
-from eosin.pretrain.local_part import like, local
+from eosin.pretrain.local_part import like, local, whole_state
 from eosin.pretrain.optim import build_optimizer
 from eosin.pretrain.parallel import Layout, choose_parallel
 from eosin.pretrain.prototype_kernels import choose_kernels
+from eosin.pretrain.vit import Vit
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class Training:
     optimizer: torch.optim.AdamW
     choices: str
     """What was chosen for this hardware, in words."""
+
+    @property
+    def whole_teacher(self) -> Vit:
+        """The teacher's backbone with all its weights: a copy where they lie in shards."""
+        backbone = self.model.teacher.backbone
+        if self.layout.over_shards is None:
+            return backbone
+        with torch.device("meta"):
+            copy = Vit(self.config.model, backbone.attention_kernel)
+        state = whole_state(backbone)
+        copy.load_state_dict({k: v.to(self.device) for k, v in state.items()}, assign=True)
+        return copy.requires_grad_(False).eval()
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name; they share the memory of what is trained."""

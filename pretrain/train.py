@@ -5,12 +5,12 @@ checkpoint and ends with the same weights, bit for bit on a CPU; on another numb
 same to rounding.
 """
 
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import torch
 
-from eosin.configs.errors import InterruptedRunError
+from eosin.configs.errors import EosinError, InterruptedRunError
 from eosin.data_curation.shard_reader import ShardReader
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
 from eosin.launch.process import (
@@ -31,10 +31,11 @@ from eosin.pretrain.distill import Losses
 from eosin.pretrain.dry_run import mixture_lines
 from eosin.pretrain.dry_run import plan as plan
 from eosin.pretrain.endings import telling_why
-from eosin.pretrain.export import CHECKSUMS, EncoderCard, write_encoder
+from eosin.pretrain.export import CHECKSUMS, card_at, write_encoder
 from eosin.pretrain.gradients import take_gradients
 from eosin.pretrain.gram import gram_refresh_due
 from eosin.pretrain.journal import Journal
+from eosin.pretrain.live_probe import LiveProbe, StartProbe
 from eosin.pretrain.loader import batches, open_shards
 from eosin.pretrain.local_part import whole_state
 from eosin.pretrain.optim import (
@@ -56,8 +57,12 @@ JOIN = 2
 """Times `timeout_s` after which a collective gives up: the watchdog, with more to say, is first."""
 
 
-def pretrain(config: PretrainConfig) -> None:
+def pretrain(config: PretrainConfig, start_probe: StartProbe | None = None) -> None:
     """Trains, or goes on training, and exports the teacher.
+
+    Args:
+        config: of the training.
+        start_probe: makes what scores the teacher while it is trained.
 
     Raises:
         ConfigError: the folder holds a run with another config, or the shards are too few.
@@ -78,7 +83,7 @@ def pretrain(config: PretrainConfig) -> None:
         join_world(device, JOIN * config.timeout_s) as world,
         telling_why(config, world),
     ):
-        run(config, reader, device, world, stops)
+        run(config, reader, device, world, stops, start_probe)
 
 
 def run(
@@ -87,6 +92,7 @@ def run(
     device: torch.device,
     world: World,
     stops: StopRequests,
+    start_probe: StartProbe | None = None,
 ) -> None:
     """The run, on one rank: resumed, trained, exported."""
     out, encoder = config.out, config.out / "encoder"
@@ -108,24 +114,23 @@ def run(
     world.tell(mixture_lines(data.order, config.mixture.column), end="")
     while state.step < config.steps:
         try:
-            state = train(t, reader, checkpoints, state, stops, status)
+            probe = None
+            if start_probe is not None:
+                probe = start_probe(config, world, device, t.dtype, state.step + 1)
+            state = train(t, reader, checkpoints, state, stops, status, probe)
         except LossSpikeError as spike:
             state = roll_back(t, checkpoints, spike)
+        except EosinError:
+            with suppress(EosinError):  # what is being written is worth having
+                checkpoints.finish()
+            raise
     checkpoints.finish()
     teacher = whole_state(t.model.teacher.backbone)
     if world.leads:
         from eosin.launch.curves import loss_curves  # here: drawing takes seconds to import
 
         loss_curves(out / "metrics.jsonl", out / "curves.png")
-        card = EncoderCard(
-            steps=config.steps,
-            tiles_seen=config.steps * config.batch_size,
-            index_digest=reader.digest,
-            mpp=state.mpp,
-            mean=config.mean,
-            std=config.std,
-        )
-        write_encoder(encoder, config.model, teacher, card)
+        write_encoder(encoder, config.model, teacher, card_at(config, state))
         mark_done(out / "done.json", stamp, steps=config.steps)
     status.update(state="finished")
     world.barrier()
@@ -138,6 +143,7 @@ def train(
     state: TrainState,
     stops: StopRequests,
     status: Status,
+    probe: LiveProbe | None = None,
 ) -> TrainState:
     """The loop, from ``state.step`` to the last step."""
     config, world, student = t.config, t.world, t.model.student
@@ -195,10 +201,11 @@ def train(
                 checkpoints.poll()
             if saves:
                 state = replace(state, step=done, bad_steps=guard.count)
-                checkpoints.save(t.tensors(), state)
+                if probe is not None:
+                    probe(t.whole_teacher, card_at(config, state))
+                checkpoints.save(t.tensors(), state, wait=stop is not None)
                 journal.saved(done)
             if stop is not None:
-                checkpoints.finish()
                 raise InterruptedRunError(
                     f"{stop} after step {done} of {config.steps}; its checkpoint is written, and "
                     "the same command goes on from it"

@@ -136,7 +136,7 @@ class Vit(nn.Module):
 
     def __init__(self, config: VitConfig, attention: AttentionFn = sdpa_attention) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attention_kernel = config, attention
         width = config.width
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
@@ -150,7 +150,8 @@ class Vit(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self._compiled = False
+        self.compiled = False
+        """Whether `compile_blocks` was called."""
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -183,7 +184,7 @@ class Vit(nn.Module):
         Args:
             backend: of `torch.compile`; ``aot_eager`` traces the same graphs without kernels.
         """
-        self._compiled = True
+        self.compiled = True
         # the limit counts for the code that all blocks share: student, teacher, other crop sizes
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
@@ -284,7 +285,7 @@ class Vit(nn.Module):
             wanted=wanted,
             turns=tables,
         )
-        if self._compiled and wanted is not None:
+        if self.compiled and wanted is not None:
             last = plan[-1]  # how many rows are wanted changes from step to step
             for part in (last.leave, last.project, last.attention_adds, last.mlp_adds):
                 if part is not None:

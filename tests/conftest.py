@@ -1,7 +1,11 @@
 """Shared fixtures: the real data when it is there, and a tiny encoder in a folder."""
 
 import json
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,63 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("the folder of real slides and tiles is not beside the checkout")
     return REAL_DATA
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[float], Path]]:
+    """A function that mounts an empty disk of so many MiB and returns its folder.
+
+    The test is skipped where this user may not mount one.
+    """
+    mounted: list[Path] = []
+
+    def mount(mib: float) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={int(mib * 1024)}k", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            pytest.skip(f"no small disk can be mounted here: {error}")
+        if done.returncode != 0:
+            pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def run_eosin() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs ``eosin ARGUMENTS…`` as a child: exit code, stdout, stderr.
+
+    Keyword `deadline_s` (120): after it the child and all that it started are killed, and the test
+    fails with what they said. Keyword `env`: variables besides this process's own.
+    """
+
+    def run(
+        *arguments: str, deadline_s: float = 120.0, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "eosin.launch.cli", *arguments]
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,  # so that its workers can be killed with it
+        )
+        try:
+            out, err = child.communicate(timeout=deadline_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            out, err = child.communicate()
+            pytest.fail(f"{' '.join(command[2:])} took over {deadline_s:g} s:\n{out}\n{err}")
+        return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+    return run
 
 
 @pytest.fixture

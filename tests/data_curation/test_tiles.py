@@ -18,7 +18,8 @@ from eosin.data_curation import tile_slide as tile_slide_module
 from eosin.data_curation import tiles as tiles_module
 from eosin.data_curation.isolation import Lost
 from eosin.data_curation.manifest import SLIDES, TILES, Status, read_table
-from eosin.data_curation.tiles import TileConfig, plan, tile
+from eosin.data_curation.slide_list import slide_bytes
+from eosin.data_curation.tiles import TileConfig, pieces, plan, tile
 
 WriteSlide = Callable[..., Path]
 Pixels = NDArray[np.uint8]
@@ -114,6 +115,43 @@ def test_a_second_call_does_nothing_and_a_changed_slide_alone_is_tiled_again(
     }
     assert changed == {"two"}
     assert [row["n_cells"] for row in rows_of(out, "slides")] == [64, 56]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_parts_and_a_last_call_over_all_leave_what_one_call_leaves(
+    slides: Path, tmp_path: Path
+) -> None:
+    (slides / "bad.tiff").write_bytes(b"not a slide")
+    tile(config_of(slides, tmp_path / "whole", max_failed=1.0))
+    parted = tmp_path / "parted"
+    left = pieces(config_of(slides, parted))
+    assert left == {
+        name: (slides / f"{name}.tiff").stat().st_size for name in ("bad", "one", "two")
+    }
+    for names in ("two\n", "bad\n"):  # a part is not judged: the bad slide is no error
+        (tmp_path / "only.txt").write_text(names)
+        tile(config_of(slides, parted, only=tmp_path / "only.txt"))
+        assert not (parted / "tiles.parquet").exists()
+    assert set(pieces(config_of(slides, parted))) == {"bad", "one"}  # it is tried once more
+    tile(config_of(slides, parted, max_failed=1.0))
+    assert content_of(parted) == content_of(tmp_path / "whole")
+    (tmp_path / "only.txt").write_text("three\n")
+    with pytest.raises(InputError, match="names three, which is no slide here"):
+        tile(config_of(slides, parted, only=tmp_path / "only.txt"))
+
+
+def test_the_size_of_a_slide_is_that_of_all_its_files(tmp_path: Path) -> None:
+    for name, size in (
+        ("a.svs", 10),
+        ("b.mrxs", 1),
+        ("b/x.dat", 50),
+        ("c/1.dcm", 7),
+        ("c/2.dcm", 8),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    sizes = [slide_bytes(tmp_path / name) for name in ("a.svs", "b.mrxs", "c/1.dcm")]
+    assert sizes == [10, 51, 15]
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -55,6 +55,22 @@ def test_a_panel_is_drawn_for_each_quantity_and_none_for_missing_ones(tmp_path: 
     }
 
 
+def test_probes_beside_the_metrics_get_panels_of_their_own(tmp_path: Path) -> None:
+    metrics = write_metrics(tmp_path / "m.jsonl", 50, "loss", "lr", "spread", "ibot")
+    rows = [
+        {"step": step, "split": "val", "score": score, "knn": score, "fewshot": 0.5, "tiles": 300}
+        for step, score in ((10, 0.4), (20, 0.7), (30, 0.6))
+    ]
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loss_curves(metrics, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size == (PAGE_PX, 2 * PANEL_HEIGHT_PX)  # kNN and few-shot, of six panels
+    (tmp_path / "probes.jsonl").write_text("half a li")
+    loss_curves(metrics, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size == (PAGE_PX, PANEL_HEIGHT_PX)
+
+
 def test_the_same_metrics_give_the_same_bytes(tmp_path: Path) -> None:
     metrics = write_metrics(tmp_path / "m.jsonl", 20, "loss", "lr")
     loss_curves(metrics, tmp_path / "one.png")

@@ -3,11 +3,13 @@
 import io
 import json
 import subprocess
-import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from eosin.launch import checks_disk
 from eosin.launch import doctor as doctor_module
 from eosin.launch.checks import Check, Finding
 from eosin.launch.cli import main
@@ -81,16 +83,25 @@ def test_something_to_mend_is_exit_code_1_and_named(
     assert said.err.strip() == "eosin: to be mended: devices, this check"
 
 
+def test_a_full_disk_is_said(small_disk: Callable[[float], Path]) -> None:
+    folder = small_disk(1)
+    with (folder / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while filler.write(b"x" * 4096):
+            pass
+    room, writing = checks_disk.check(folder)
+    assert room.verdict == "mend" and "tmpfs" in room.found
+    assert writing.verdict == "mend" and "it is full" in writing.found
+    assert [path.name for path in folder.iterdir()] == ["filler"]
+
+
 @pytest.mark.slow
-def test_this_machine_has_nothing_to_mend(tmp_path: Path) -> None:
+def test_this_machine_has_nothing_to_mend(
+    tmp_path: Path, run_eosin: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     file = tmp_path / "doctor.json"
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "eosin.launch.cli", "doctor", f"folder={tmp_path}",
-            "limit_s=300", "--json", str(file),
-        ],
-        capture_output=True, text=True, check=False, timeout=900,
-    )  # fmt: skip
+    done = run_eosin(
+        "doctor", f"folder={tmp_path}", "limit_s=300", "--json", str(file), deadline_s=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     rows = [Finding(**row) for row in json.loads(file.read_text())["findings"]]

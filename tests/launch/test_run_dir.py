@@ -95,8 +95,8 @@ def test_a_training_shows_its_figures_in_one_line_that_fits_a_terminal() -> None
     (line,) = stream.getvalue().splitlines()
     assert len(line) <= 120
     assert re.fullmatch(
-        r"pretrain: step 100000/125000 · loss 10\.123 · 12346 tiles/s · MFU 43\.2% · data wait 2% · "
-        r"61\.2 GiB · \w+ left",
+        r"pretrain: step 100000/125000 · loss 10\.123 · 12346 tiles/s · MFU 43\.2% · "
+        r"data wait 2% · 61\.2 GiB · \w+ left",
         line,
     )
 

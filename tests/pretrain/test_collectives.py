@@ -18,6 +18,7 @@ from eosin.pretrain.collectives import (
     LogSumOverRanks,
     gather_rows,
     lse_over_ranks,
+    max_over_ranks,
     mean_over_ranks,
     sum_over_ranks,
 )
@@ -104,6 +105,9 @@ def worker(rank: int, store: str, out: str) -> None:
         results[f"sinkhorn_{name}"] = sinkhorn(x, lse_over_ranks(group))
     extreme = torch.tensor([[1e4, -1e4, -torch.inf], [0.0, -1e4, -torch.inf]])[rank]
     results["lse"] = lse_over_ranks(group)(extreme)
+    above = torch.tensor([1e4 + 3, -1e4 + 2, 0.0])
+    results["lse_bounded"] = lse_over_ranks(group)(extreme, above)
+    results["max"] = max_over_ranks(group)(torch.tensor([rank, -rank], dtype=torch.int32))
     results["sum"] = sum_over_ranks(group)(extreme[:2])
     results["mean"] = mean_over_ranks(group)(extreme[:2])
     mine = normal(8, 5, seed=3).chunk(2)[rank]
@@ -162,6 +166,8 @@ def test_log_sums_sums_and_means_over_ranks(ranks: list[dict[str, Tensor]]) -> N
     expected = torch.tensor([1e4, -1e4 + torch.log(torch.tensor(2.0)), -torch.inf])
     for rank in ranks:
         torch.testing.assert_close(rank["lse"], expected)
+        torch.testing.assert_close(rank["lse_bounded"], expected)
+        assert rank["max"].tolist() == [1, 0]
         assert rank["sum"].tolist() == [1e4, -2e4] and rank["mean"].tolist() == [5e3, -1e4]
         assert torch.equal(rank["gathered"], normal(8, 5, seed=3))
 
@@ -198,7 +204,7 @@ def test_a_step_of_two_ranks_is_that_of_one_with_the_whole_batch(
 def test_without_a_group_nothing_is_asked_of_a_process_group() -> None:
     assert not dist.is_initialized()
     x = normal(3, 2, seed=0)
-    for make in (sum_over_ranks, mean_over_ranks, lse_over_ranks, gather_rows):
+    for make in (sum_over_ranks, max_over_ranks, mean_over_ranks, lse_over_ranks, gather_rows):
         assert make(None)(x) is x
 
 

@@ -211,6 +211,21 @@ def test_full_and_hybrid_sharding_on_four_ranks(shards: Path, runs: Path, tmp_pa
         assert_equal_to_rounding(runs / "koleo-none", tmp_path / name)
 
 
+@pytest.mark.pitfall(24)
+@pytest.mark.slow
+def test_compiled_shards_train_what_eager_ones_do(shards: Path, runs: Path, tmp_path: Path) -> None:
+    """A hook of the layout inside a compiled graph would end in an error: it must be whole."""
+    overrides = [*OBJECTIVES["koleo"], "compile=blocks"]
+    names = ("ddp", "fsdp")
+    on_ranks(
+        2,
+        [config_for(shards, tmp_path / n, *overrides, f"parallel={n}") for n in names],
+        tmp_path / "two",
+    )
+    for name in names:
+        assert_equal_to_rounding(runs / "koleo-none", tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -21,6 +21,7 @@ from eosin.pretrain.prototype_loss import (
     mean_logits,
     prototype_cross_entropy,
     sinkhorn_scaling,
+    sinkhorn_scalings,
     strongest_prototype,
     target_figures,
 )
@@ -140,6 +141,23 @@ class Ranks:
             return out
 
         return over_ranks
+
+
+@KERNELS
+def test_two_heads_share_each_exchange_and_get_what_each_gets_alone(kernels: LossKernels) -> None:
+    heads = [(unit(17, 6), unit(40, 6, seed=1)), (unit(9, 4, seed=2), 10 * unit(25, 4, seed=3))]
+    calls: list[tuple[int, bool]] = []
+
+    def over_ranks(log_sum: Tensor, bound: Tensor | None) -> Tensor:
+        calls.append((len(log_sum), bound is not None))
+        return log_sum
+
+    both = sinkhorn_scalings(heads, 0.05, kernels, over_ranks=over_ranks)
+    assert calls == [(65, False), (65, True), (65, True)]
+    for (x, weight), scaling in zip(heads, both, strict=True):
+        alone = sinkhorn_scaling(x, weight, 0.05, kernels)
+        torch.testing.assert_close(scaling.log_u, alone.log_u)
+        torch.testing.assert_close(scaling.log_v, alone.log_v)
 
 
 @pytest.mark.pitfall(2, 4)
