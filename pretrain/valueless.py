@@ -110,7 +110,7 @@ def as_autocast_on_cuda(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, LayerScale):
-            module.forward = widened(module.forward)
+            module.forward = widened(module.forward)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
