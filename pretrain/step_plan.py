@@ -2,7 +2,7 @@
 
 A step of the trainer's own model, losses and optimiser is taken on tensors without values
 (`valueless`), so what is found is what a step allocates and exchanges. Blocks run eagerly:
-compiled ones keep less for the backward pass, about what `recompute=selective` keeps.
+compiled ones keep less for the backward pass.
 """
 
 import os
