@@ -171,7 +171,7 @@ class PretrainConfig:
                 )
         if self.seed >= 1 << 64:
             raise ValueError(f"seed={self.seed} must be below 2^64")
-        for name in ("seed", "threads", "group_size", "window_shards"):
+        for name in ("seed", "threads", "group_size", "window_shards", "shard_ranks", "timeout_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.batch_size < 1 or self.batch_size % self.group:
