@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from eosin.configs.errors import ConfigError, EosinError
+from eosin.configs.errors import ConfigError, InterruptedRunError
 
 DeviceName: TypeAlias = Literal["auto", "cpu", "cuda"]
 PrecisionName: TypeAlias = Literal["auto", "fp32", "bf16"]
@@ -101,7 +101,8 @@ def join_world(device: torch.device, timeout_s: float) -> Iterator[World]:
 
     Raises:
         ConfigError: some of `RANK_VARIABLES` are missing.
-        EosinError: not all ranks came; those that are missing are named.
+        InterruptedRunError: not all ranks came; those that are missing are named. A node that
+            starts late is no fault of the run.
     """
     if not is_distributed():
         yield World()
@@ -143,7 +144,7 @@ def _meet(rank: int, size: int, timeout: timedelta) -> Store:
     """The store at MASTER_ADDR, once every rank has said there that it came.
 
     Raises:
-        EosinError: one that did not come in time, by its number.
+        InterruptedRunError: one that did not come in time, by its number.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # under torchrun the agent keeps the store, and several runs of one agent share it
@@ -155,7 +156,7 @@ def _meet(rank: int, size: int, timeout: timedelta) -> Store:
             wait_for_workers=False,
         )  # fmt: skip
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
-        raise EosinError(
+        raise InterruptedRunError(
             f"rank {rank} cannot reach rank 0 at {address}:{port} within "
             f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]})"
         ) from error
@@ -165,7 +166,7 @@ def _meet(rank: int, size: int, timeout: timedelta) -> Store:
         store.wait([f"came/{other}" for other in range(size)], timeout)
     except dist.DistStoreError as error:
         absent = [other for other in range(size) if not store.check([f"came/{other}"])]
-        raise EosinError(
+        raise InterruptedRunError(
             f"of {size} ranks {', '.join(map(str, absent))} did not come within "
             f"{timeout.total_seconds():.0f} s: see their logs, or their nodes"
         ) from error
