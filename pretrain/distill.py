@@ -100,6 +100,7 @@ class Distiller(nn.Module):
         self._lse_over_ranks = None if ranks is None else lse_over_ranks(ranks)
         self._gather_rows, self._max_over_ranks = gather_rows(ranks), max_over_ranks(ranks)
         self._sum_over_ranks, self._ranks = sum_over_ranks(ranks), ranks
+        self._rank = 0 if ranks is None else ranks.rank()
         self.student = materialise(lambda: Network(model, objective, attention), seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         if objective.jepa.weight > 0:
@@ -168,7 +169,8 @@ class Distiller(nn.Module):
         if o.spread.weight > 0 and rates.spread > 0:
             features = student.cls[:n_crops].unflatten(0, (views, batch))
             terms = [
-                spread_loss(view, o.spread, self.group_size, self._gather_rows) for view in features
+                spread_loss(view, o.spread, self.group_size, self._gather_rows, self._rank)
+                for view in features
             ]
             spread = o.spread.weight * rates.spread * torch.stack(terms).sum()
         if o.gram.weight > 0 and rates.gram:

@@ -61,28 +61,37 @@ class SpreadConfig:
 
 
 def spread_loss(
-    features: Tensor, config: SpreadConfig, group_size: int, gather: Collective = identity
+    features: Tensor,
+    config: SpreadConfig,
+    group_size: int,
+    gather: Collective = identity,
+    rank: int = 0,
 ) -> Tensor:
     """Spread of one view's features, without the weight; a scalar in fp32.
 
-    Over groups: the mean of the groups' losses. Over the batch: one loss of all rows that `gather`
-    brings together, so that gradients averaged over ranks are those of the concatenated batch.
+    Over groups: the mean of the groups' losses. Over the batch: the loss of this rank's rows among
+    all those that `gather` brings together, so that losses and gradients averaged over ranks are
+    those of the concatenated batch. (All rows of all ranks, where the logarithm is of their mean.)
 
     Args:
         features: [B, D], before the head; any floating type.
         config: of the loss.
         group_size: n, samples a group; read where `over` is ``group``.
         gather: `collectives.gather_rows` of the ranks that share a batch.
+        rank: of this process among them.
 
     Raises:
         ValueError: group_size does not divide B.
     """
     if config.over == "batch":
-        features = gather(features)[None]  # [1, B, D]
-    elif group_size < 1 or len(features) % group_size:
+        everyone = gather(features)
+        own = slice(rank * len(features), (rank + 1) * len(features))
+        if config.kind == "koleo":
+            return koleo_loss(everyone, own=own)
+        return kde_loss(everyone, config, own if config.reduction == "mean_of_logs" else None)
+    if group_size < 1 or len(features) % group_size:
         raise ValueError(f"group_size={group_size} must divide the batch of {len(features)}")
-    else:
-        features = features.unflatten(0, (-1, group_size))  # [G, n, D]
+    features = features.unflatten(0, (-1, group_size))  # [G, n, D]
     return koleo_loss(features) if config.kind == "koleo" else kde_loss(features, config)
 
 
@@ -97,7 +106,7 @@ def unit_rows(x: Tensor) -> Tensor:
     return F.normalize(x / largest, dim=-1, eps=0.5)
 
 
-def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
+def koleo_loss(features: Tensor, eps: float = 1e-8, own: slice | None = None) -> Tensor:
     """Minus the mean log distance to the nearest neighbour (arXiv 1806.03198, eq. 2), fp32.
 
     Distances are between unit vectors. Duplicates give a large finite value and no gradient; one
@@ -106,22 +115,24 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
     Args:
         features: [B, D], or [G, n, D] for the mean over groups.
         eps: added to the distance.
+        own: rows whose loss is meant, of [B, D]; all are neighbours. None: all.
     """
     if features.shape[-2] < 2:
         return _zero(features)
     with torch.autocast(features.device.type, enabled=False):
-        x = unit_rows(features)
+        y = unit_rows(features)
+        x = y if own is None else y[own]
         with torch.no_grad():
-            similarity = x @ x.mT  # [..., n, n]
-            similarity.diagonal(dim1=-2, dim2=-1).fill_(-2)
+            similarity = x @ y.mT  # [..., n, n], or [own, B]
+            similarity.diagonal(_first(own), dim1=-2, dim2=-1).fill_(-2)
             nearest = similarity.argmax(dim=-1, keepdim=True)  # [..., n, 1]
-        neighbours = x.take_along_dim(nearest, dim=-2)
+        neighbours = y.take_along_dim(nearest, dim=-2)
         # the eps inside keeps the gradient of the root finite at zero distance
         distance = ((x - neighbours).square().sum(dim=-1) + eps**2).sqrt()
         return -torch.log(distance + eps).mean()
 
 
-def kde_loss(features: Tensor, config: SpreadConfig) -> Tensor:
+def kde_loss(features: Tensor, config: SpreadConfig, own: slice | None = None) -> Tensor:
     """Log density of the features under a kernel on each of them, fp32: large when collapsed.
 
     The gradients of a row's log density by its cosines add up to at most κ, duplicates or not. One
@@ -130,15 +141,18 @@ def kde_loss(features: Tensor, config: SpreadConfig) -> Tensor:
     Args:
         features: [B, D], or [G, n, D] for the mean over groups.
         config: κ and the conventions; see the head of this file.
+        own: rows whose loss is meant, of [B, D]; all count towards their density. None: all.
     """
     n = features.shape[-2]
     if n < 2:
         return _zero(features)
     with torch.autocast(features.device.type, enabled=False):
-        x = unit_rows(features)
-        exponent = config.kappa * (x @ x.mT)  # [..., n, n]
+        y = unit_rows(features)
+        x = y if own is None else y[own]
+        exponent = config.kappa * (x @ y.mT)  # [..., n, n], or [own, B]
         if not config.include_self:
-            self_pairs = torch.eye(n, dtype=torch.bool, device=x.device)
+            self_pairs = torch.zeros(exponent.shape[-2:], dtype=torch.bool, device=x.device)
+            self_pairs.diagonal(_first(own)).fill_(True)
             exponent = exponent.masked_fill(self_pairs, -math.inf)
         log_density = torch.logsumexp(exponent, dim=-1)  # [..., n]
         if config.density == "mean":
@@ -146,6 +160,11 @@ def kde_loss(features: Tensor, config: SpreadConfig) -> Tensor:
         if config.reduction == "log_of_mean":
             log_density = torch.logsumexp(log_density, dim=-1) - math.log(n)
         return log_density.mean()
+
+
+def _first(own: slice | None) -> int:
+    """The column of a matrix of cosines at which its first row meets itself."""
+    return 0 if own is None else int(own.start)
 
 
 def _zero(features: Tensor) -> Tensor:

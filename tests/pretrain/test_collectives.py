@@ -34,6 +34,8 @@ from eosin.pretrain.vit import VitConfig
 SPREADS = {
     "koleo": SpreadConfig(kind="koleo"),
     "kde": SpreadConfig(kind="kde", include_self=True),
+    "kde_others": SpreadConfig(kind="kde"),
+    "kde_log_of_mean": SpreadConfig(kind="kde", reduction="log_of_mean"),
     "koleo_group": SpreadConfig(kind="koleo", over="group"),
 }
 SHARES = {"uneven": (3, 6), "one_empty": (0, 9), "all_empty": (0, 0)}
@@ -115,7 +117,7 @@ def worker(rank: int, store: str, out: str) -> None:
     average = mean_over_ranks(group)  # of gradients, as DDP does
     for name, config in SPREADS.items():
         linear = model()
-        loss = spread_loss(linear(mine), config, 2, gather_rows(group))
+        loss = spread_loss(linear(mine), config, 2, gather_rows(group), rank)
         loss.backward()
         results[f"loss_{name}"] = average(loss.detach())
         results[f"grad_{name}"] = average(linear.weight.grad)
