@@ -272,7 +272,9 @@ def _open(path: Path) -> Any:
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
-        raise SlideError(Status.UNREADABLE, "not a slide format that OpenSlide reads") from error
+        raise SlideError(
+            Status.UNREADABLE, "not a slide format that OpenSlide reads, or cut off"
+        ) from error
     except openslide.OpenSlideError as error:
         raise SlideError(Status.UNREADABLE, f"not readable: {_one_line(error, path)}") from error
 

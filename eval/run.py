@@ -87,8 +87,12 @@ class _Row:
     record: EncoderRecord
 
 
-def evaluate(config: EvalConfig) -> None:
+def evaluate(config: EvalConfig, *, with_report: bool = True) -> None:
     """Scores everything and writes results, predictions, timings and the report to ``out``.
+
+    Args:
+        config: of the evaluation.
+        with_report: False where the caller writes a page of its own.
 
     Raises:
         InputError: the encoder or the task cannot be used; what was embedded before is kept.
@@ -108,8 +112,10 @@ def evaluate(config: EvalConfig) -> None:
     write_table(predictions, config.out / "predictions.parquet", PREDICTIONS)
     write_json(config.out / "timings.json", timings)
     save_results(results, config.out / "results.json")
-    write_report(config.out / "report.html", results, predictions)
     console.print(scores_table(results), differences_table(results), sep="\n")
+    if not with_report:
+        return
+    write_report(config.out / "report.html", results, predictions)
     console.print(f"report: {config.out / 'report.html'}", highlight=False, soft_wrap=True)
 
 

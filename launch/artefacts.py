@@ -34,8 +34,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _name(error, path)
         raise
 
 
@@ -63,8 +64,9 @@ def replacing_folder(path: Path, known_by: str) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _name(error, path)
         raise
     for file in partial.iterdir():
         with file.open("rb+") as written:
@@ -74,6 +76,12 @@ def replacing_folder(path: Path, known_by: str) -> Iterator[Path]:
     partial.rename(path)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Says where: a write that finds the disk full does not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

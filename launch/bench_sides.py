@@ -112,11 +112,11 @@ class FastStep:
         forget_gradients(self.model.student)
         watch.switch(EMA)
         self.model.update_teacher(outputs, rates.momentum, bad)
-        watch.switch(LOSSES)
-        self.model.record_use(batch.step, outputs, bad)
-        watch.stop()
         if (batch.step + 1) % self.config.log_every == 0:
+            watch.switch(LOSSES)
+            self.model.record_use(batch.step, outputs, bad)
             self.guard.look()
+        watch.stop()
         return losses.total.detach()
 
 

@@ -20,6 +20,7 @@ from eosin.launch.bench import (
     report,
 )
 from eosin.launch.bench_sides import PARTS, FastStep, PlainStep, Side
+from eosin.launch.bench_tiles import made_up_shards
 from eosin.launch.peak import known_peak
 from eosin.launch.process import (
     DeviceName,
@@ -63,6 +64,9 @@ SETTLING = 2
 WHOLE = "whole"
 SIZES = {192: "T", 384: "S", 768: "B", 1024: "L", 1280: "H", 1536: "g"}
 MIB = 2**20
+MADE_UP = "made-up"
+LEAST_TILES, TILE_PX = 512, 256
+"""Of shards that are drawn for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,8 @@ class BenchStepConfig:
     seed: int = 0
     """Of weights, crops, masks and drop-path."""
     shards: str | None = None
-    """Folder of shards to take tiles from, and to measure the wait for them; null: random crops."""
+    """Folder of shards to take tiles from, and to measure the wait for them; ``made-up`` draws some
+    for it; null: random crops."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Worker processes; counts with `shards` alone."""
     device: DeviceName = "auto"
@@ -183,6 +188,10 @@ def bench_step(config: BenchStepConfig) -> None:
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
     with tempfile.TemporaryDirectory() as folder:
+        if config.shards == MADE_UP:
+            tiles = max(LEAST_TILES, 2 * config.batch_size)
+            shards = made_up_shards(Path(folder), tiles, TILE_PX, config.seed)
+            config = replace(config, shards=str(shards))
         title, rows = compare(config, FastStep(config.training, device, dtype, Path(folder)))
     if config.loss_prototypes:
         rows.append(loss_memory_row(config, device))

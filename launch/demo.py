@@ -128,7 +128,8 @@ def demo(config: DemoConfig) -> None:
         EvalConfig(
             encoder=str(out / "encoder"), task=TaskConfig(tiles=labels, name="synthetic"), out=out,
             seed=config.seed,
-        )
+        ),
+        with_report=False,
     )  # fmt: skip
     write_report(
         out / "report.html",

@@ -42,6 +42,8 @@ class TrainState:
     """Scale of the tiles; None where it is unknown or mixed."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Of the run, as plain values, so that a difference can be shown."""
+    damaged: int = 0
+    """Damaged records that were met so far, by all ranks."""
     skips: tuple[tuple[int, int], ...] = ()
     """Data that is passed over: from this step on, so many more steps of it."""
 

@@ -129,7 +129,7 @@ class Health:
         could_be = min(self.prototypes, drawn)
         few = self.prototypes_used_lately <= max(1.0, FEW_PROTOTYPES * could_be)
         if drawn >= ENOUGH_SAMPLES and self.prototypes > 1 and few:
-            steps = f"{self.window_steps} steps" if self.window_steps > 1 else "step"
+            steps = f"{self.window_steps} logged steps" if self.window_steps > 1 else "step"
             return (
                 f"the teacher uses {self.prototypes_used_lately:,.0f} of {self.prototypes:,} "
                 f"prototypes in the last {steps}; try a lower optim.lr, a higher momentum, or a "

@@ -43,7 +43,7 @@ from eosin.pretrain.prototype_loss import (
     strongest_prototype,
     target_figures,
 )
-from eosin.pretrain.spread import spread_loss
+from eosin.pretrain.spread import spread_loss, spread_of
 from eosin.pretrain.targets import Outputs, Targets, Taught, join_logits
 from eosin.pretrain.vit import VitConfig
 
@@ -101,6 +101,7 @@ class Distiller(nn.Module):
         self._gather_rows, self._max_over_ranks = gather_rows(ranks), max_over_ranks(ranks)
         self._sum_over_ranks, self._ranks = sum_over_ranks(ranks), ranks
         self._rank = 0 if ranks is None else ranks.rank()
+        self._spread_of, self._jepa_loss, self._gram_loss = spread_of, jepa_loss, gram_loss
         self.student = materialise(lambda: Network(model, objective, attention), seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         if objective.jepa.weight > 0:
@@ -163,13 +164,15 @@ class Distiller(nn.Module):
             ibot = o.ibot * self._masked_patches(patch_logits, taught.masked, rows.weights)
         if o.jepa.weight > 0:
             assert student.predicted is not None and taught.patches is not None
-            jepa = o.jepa.weight * jepa_loss(
+            jepa = o.jepa.weight * self._jepa_loss(
                 student.predicted, taught.patches, rows.mask, n_crops, o.jepa
             )
         if o.spread.weight > 0 and rates.spread > 0:
             features = student.cls[:n_crops].unflatten(0, (views, batch))
             terms = [
-                spread_loss(view, o.spread, self.group_size, self._gather_rows, self._rank)
+                spread_loss(
+                    view, o.spread, self.group_size, self._gather_rows, self._rank, self._spread_of
+                )
                 for view in features
             ]
             spread = o.spread.weight * rates.spread * torch.stack(terms).sum()
@@ -177,7 +180,7 @@ class Distiller(nn.Module):
             assert student.patches is not None
             with torch.no_grad():
                 anchor = self.gram_teacher([crops[0]])[0].patches
-            gram = o.gram.weight * gram_loss(student.patches, anchor, o.gram, rows.mask)
+            gram = o.gram.weight * self._gram_loss(student.patches, anchor, o.gram, rows.mask)
         total = dino_global + dino_local + ibot + jepa + spread + gram
         losses = Losses(total, dino_global, dino_local, ibot, jepa, spread, gram)
         seen = None
@@ -317,27 +320,36 @@ class Distiller(nn.Module):
     def record_use(
         self, step: int, outputs: Outputs, bad: Tensor | None = None
     ) -> TargetFigures | None:
-        """Marks the prototypes that the teacher used in a step; the targets' figures."""
+        """Marks the prototypes that the teacher used in a step, on any rank; their figures."""
         targets = outputs.cls
         if targets is None:
             return None
         found = target_figures(*targets.logits, targets.scaling, self.kernels)
         self.use.record(step, found.strongest, bad)
+        self.use.last_step.copy_(self._max_over_ranks(self.use.last_step))
         return found
 
-    def share_use(self) -> None:
-        """Makes the marks of prototypes those of all ranks; each marks what its samples use."""
-        if hasattr(self, "use"):
-            self.use.last_step.copy_(self._max_over_ranks(self.use.last_step))
-
     def health(
-        self, step: int, outputs: Outputs, found: TargetFigures | None, window_steps: int
+        self,
+        step: int,
+        outputs: Outputs,
+        found: TargetFigures | None,
+        window_steps: int,
+        recorded: int,
     ) -> Measured:
-        """Health figures of this rank's part of a step, and of the prototypes used before it."""
+        """Health figures of this rank's part of a step, and of the prototypes used before it.
+
+        Args:
+            step: its number.
+            outputs: of it.
+            found: by `record_use`.
+            window_steps: over which prototypes are counted.
+            recorded: those of them that `record_use` saw.
+        """
         if found is None or outputs.student is None or outputs.cls is None:
             none = outputs.features.new_empty(0)
             return measure_health(outputs.features, none, none.long(), none.long(), 0)
-        window = Window(self.use.used_since(step + 1 - window_steps), min(window_steps, step + 1))
+        window = Window(self.use.used_since(step + 1 - window_steps), recorded)
         return measure_health(
             outputs.features,
             found.entropy,
@@ -348,7 +360,7 @@ class Distiller(nn.Module):
         )
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compiles the blocks and the heads' MLPs, each to a graph of its own, when it first runs.
+        """Compiles blocks, the heads' MLPs and losses, each to a graph, when it first runs.
 
         Args:
             backend: as in `Vit.compile_blocks`.
@@ -362,3 +374,7 @@ class Distiller(nn.Module):
             compile_forward(self.student.predictor, dynamic=False, backend=backend)
         if hasattr(self, "gram_teacher"):
             self.gram_teacher.compile_blocks(backend)
+        self._spread_of, self._jepa_loss, self._gram_loss = (
+            torch.compile(loss, fullgraph=True, dynamic=False, backend=backend)
+            for loss in (spread_of, jepa_loss, gram_loss)
+        )  # those over prototypes have kernels of their own

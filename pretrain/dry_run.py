@@ -2,6 +2,7 @@
 
 import torch
 
+from eosin.launch.process import choose_device, choose_precision
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.loader import open_shards
 from eosin.pretrain.network import Network
@@ -18,6 +19,11 @@ def plan(config: PretrainConfig) -> str:
     if config.preview:
         return f"the first tiles and crops, drawn into {config.out / 'preview.png'}; no training"
     order = Steps(reader, config.batch_plan).order
+    from eosin.pretrain.step_plan import plan_step  # here: a training does not need it
+
+    device = choose_device(config.device)
+    dtype = choose_precision(config.precision, device)
+    step = plan_step(config, "cuda" if device.type == "cuda" else "cpu", dtype)
     with torch.device("meta"):
         network = Network(config.model, config.objective)
     backbone = sum(p.numel() for p in network.backbone.parameters())
@@ -27,10 +33,10 @@ def plan(config: PretrainConfig) -> str:
         f"{config.steps} steps of {config.batch_size} tiles from {order.n} records: "
         f"{seen} tiles, {seen / order.n:.1f} epochs\n"
         f"{mixture_lines(order, config.mixture.column)}"
-        f"encoder {backbone / 1e6:.1f} M parameters, with heads {total / 1e6:.1f} M; weights, "
-        f"teacher, gradients and moments {total * 4 * 5 / 2**30:.2f} GiB\n"
-        f"checkpoints of {total * 4 * 4 / 2**30:.2f} GiB every {config.checkpoints.every} steps, "
-        f"{config.checkpoints.keep} kept, in {config.out}"
+        f"encoder {backbone / 1e6:.1f} M parameters, with heads {total / 1e6:.1f} M; one process "
+        f"takes {step.peak.total / 2**30:.2f} GiB at its peak ('eosin plan' tells of more)\n"
+        f"checkpoints of {step.state_bytes / 2**30:.2f} GiB every {config.checkpoints.every} "
+        f"steps, {config.checkpoints.keep} kept, in {config.out}"
     )
 
 

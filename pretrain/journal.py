@@ -30,10 +30,10 @@ class Journal:
     """
 
     def __init__(self, t: Training, state: TrainState, status: Status) -> None:
-        self._t, self._status, self._damaged = t, status, 0
+        self._t, self._status = t, status
+        self._damaged, self._damaged_before = 0, state.damaged
         self._rate = Rate(t.config, t.device, t.dtype, t.world)
         self._spikes = SpikeWatch(t.config.spike, state.step)
-        self._bad_steps = state.bad_steps
         self._open = ExitStack()
         self._metrics = Metrics(
             t.config.out,
@@ -67,15 +67,14 @@ class Journal:
             self._rate.start()
             yield batch
 
-    def log(self, done: int, look: Look, health: Measured, rates: Rates) -> None:
+    def log(self, done: int, look: Look, bad_steps: int, health: Measured, rates: Rates) -> None:
         """Writes a line of figures, after so many steps; every rank comes here at the same ones.
 
         Raises:
             LossSpikeError: the loss rose and stays up.
         """
         config, lap = self._t.config, self._rate.lap()
-        damaged = self._t.world.total(self._damaged)
-        self._bad_steps += len(look.bad_steps)
+        damaged = self.damaged()
         if not look.values:
             return
         self._spikes.see(done, look.values["total"])
@@ -100,10 +99,14 @@ class Journal:
             data_wait=lap.data_wait,
             memory_gib=lap.memory_gib,
             seconds_left=self._meter.seconds_left(),
-            bad_steps=self._bad_steps,
+            bad_steps=bad_steps,
             damaged=damaged,
             alarms=[*alarms, *lap.slow],
         )
+
+    def damaged(self) -> int:
+        """Damaged records that the run met so far; every rank comes here."""
+        return self._damaged_before + self._t.world.total(self._damaged)
 
     def saved(self, done: int) -> None:
         """A checkpoint of so many steps is being written."""

@@ -309,10 +309,12 @@ class PlainDistiller(nn.Module):
             log_p = log_p.unflatten(0, (-1, batch))  # [S, B, K]
             for s, student_view in enumerate(log_p):
                 for v, teacher_view in enumerate(targets):
+                    if s == v:
+                        continue
                     pair = -(teacher_view * student_view).sum(-1).mean() * (o.dino / n_pairs)
                     if s >= views:
                         dino_local = dino_local + o.local_weight * pair
-                    elif s != v:
+                    else:
                         dino_global = dino_global + pair
         if patch_logits is not None:
             log_p = F.log_softmax(patch_logits / STUDENT_TEMPERATURE, dim=-1)

@@ -6,6 +6,7 @@ was left behind, whenever the process was killed.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from eosin.configs.errors import ConfigError, EosinError
@@ -44,7 +45,8 @@ def resume(t: Training, checkpoints: Checkpoints, data: Steps) -> TrainState:
     state = _load(t, checkpoints)
     if state is None:
         mpp = data.reader.index.single_mpp() if config.augment.mpp is None else config.augment.mpp
-        return TrainState(0, 0, data.digest, mpp, as_plain(config), _read_skips(config.out))
+        skips = _read_skips(config.out)
+        return TrainState(0, 0, data.digest, mpp, as_plain(config), skips=skips)
     changes = changed_keys(state.config, as_plain(config), MAY_CHANGE)
     if state.index_digest != data.digest:
         changes.append(
@@ -52,9 +54,7 @@ def resume(t: Training, checkpoints: Checkpoints, data: Steps) -> TrainState:
             f"{data.digest} of {config.shards}"
         )
     _judge(config, t.world, changes)
-    return TrainState(
-        state.step, state.bad_steps, data.digest, state.mpp, as_plain(config), state.skips
-    )
+    return replace(state, index_digest=data.digest, config=as_plain(config))
 
 
 def roll_back(t: Training, checkpoints: Checkpoints, spike: LossSpikeError) -> TrainState:
@@ -100,9 +100,7 @@ def _load(t: Training, checkpoints: Checkpoints) -> TrainState | None:
         unknown = [start for start, n in skips if (start, n) not in state.skips]
         left_at = min(unknown, default=state.step)
         if state.step <= left_at:
-            return TrainState(
-                state.step, state.bad_steps, state.index_digest, state.mpp, state.config, skips
-            )
+            return replace(state, skips=skips)
         checkpoints.drop_after(left_at)
         at_most = left_at
 

@@ -20,14 +20,17 @@ Legend: B samples, G groups, n samples a group, D width.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eosin.pretrain.collectives import Collective, identity
+
+SpreadOf: TypeAlias = "Callable[[Tensor, SpreadConfig, slice | None], Tensor]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ def spread_loss(
     group_size: int,
     gather: Collective = identity,
     rank: int = 0,
+    of: SpreadOf | None = None,
 ) -> Tensor:
     """Spread of one view's features, without the weight; a scalar in fp32.
 
@@ -79,20 +83,28 @@ def spread_loss(
         group_size: n, samples a group; read where `over` is ``group``.
         gather: `collectives.gather_rows` of the ranks that share a batch.
         rank: of this process among them.
+        of: `spread_of`, or what a compiler made of it.
 
     Raises:
         ValueError: group_size does not divide B.
     """
+    of = of or spread_of
     if config.over == "batch":
         everyone = gather(features)
         own = slice(rank * len(features), (rank + 1) * len(features))
-        if config.kind == "koleo":
-            return koleo_loss(everyone, own=own)
-        return kde_loss(everyone, config, own if config.reduction == "mean_of_logs" else None)
+        whole = config.kind == "kde" and config.reduction == "log_of_mean"
+        return of(everyone, config, None if whole else own)
     if group_size < 1 or len(features) % group_size:
         raise ValueError(f"group_size={group_size} must divide the batch of {len(features)}")
     features = features.unflatten(0, (-1, group_size))  # [G, n, D]
-    return koleo_loss(features) if config.kind == "koleo" else kde_loss(features, config)
+    return of(features, config, None)
+
+
+def spread_of(features: Tensor, config: SpreadConfig, own: slice | None) -> Tensor:
+    """The loss of rows among others, by its kind; see `koleo_loss` and `kde_loss`."""
+    if config.kind == "koleo":
+        return koleo_loss(features, own=own)
+    return kde_loss(features, config, own)
 
 
 def unit_rows(x: Tensor) -> Tensor:

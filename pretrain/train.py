@@ -189,7 +189,6 @@ def train(
             step_unless_bad(t.optimizer, bad)
             forget_gradients(student)
             t.model.update_teacher(outputs, rates.momentum, bad)
-            targets = t.model.record_use(batch.step, outputs, bad)
             del losses
 
             done = batch.step + 1
@@ -198,13 +197,15 @@ def train(
             saves = ends or stop is not None or done % config.checkpoints.every == 0
             if logs or saves:
                 look = guard.look()
-                t.model.share_use()
             if logs:
-                health = t.model.health(batch.step, outputs, targets, config.use_window)
-                journal.log(done, look, health, rates)
+                targets = t.model.record_use(batch.step, outputs, bad)
+                recorded = min(config.use_window, done) // config.log_every or 1
+                health = t.model.health(batch.step, outputs, targets, config.use_window, recorded)
+                journal.log(done, look, guard.count, health, rates)
                 checkpoints.poll()
             if saves:
-                state = replace(state, step=done, bad_steps=guard.count)
+                damaged = journal.damaged()
+                state = replace(state, step=done, bad_steps=guard.count, damaged=damaged)
                 if probe is not None:
                     probe(t.whole_teacher, card_at(config, state))
                 checkpoints.save(t.tensors(), state, wait=stop is not None)

@@ -279,7 +279,7 @@ def test_a_recipe_takes_two_steps_that_lower_its_loss_at_reduced_width(
     assert terms == {"total", "dino_global", "dino_local", patches, "spread"} | anchored
     found = model.record_use(0, outputs)
     assert found is not None and (found.entropy > 0).all()
-    assert model.health(0, outputs, found, 1).read().values()
+    assert model.health(0, outputs, found, 1, 1).read().values()
 
 
 def one_batch(config: PretrainConfig) -> Batch:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from eosin.configs.load import load_config
-from eosin.launch import bench
+from eosin.launch import bench, bench_step
 from eosin.launch.bench_sides import PARTS, FastStep, PlainStep
 from eosin.launch.bench_step import BenchStepConfig, held_batches, peak_flops, take_from
 from eosin.launch.cli import main
@@ -153,6 +153,28 @@ def test_shards_give_the_crops_and_a_row_of_their_own(tmp_path: Path) -> None:
     assert main(["bench", "step", *TINY, *arguments]) == 0
     last = json.loads(file.read_text())[-1]
     assert last["name"].startswith(f"step data {NAME} waiting ") and last["unit"] == "tiles/s"
+
+
+def test_shards_are_drawn_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_step, "LEAST_TILES", 8)
+    monkeypatch.setattr(bench_step, "TILE_PX", 64)
+    file = tmp_path / "step.json"
+    arguments = ["shards=made-up", "loss_prototypes=0", f"--json={file}"]
+    assert main(["bench", "step", *TINY, *arguments]) == 0
+    last = json.loads(file.read_text())[-1]
+    assert last["name"].startswith(f"step data {NAME} waiting ") and last["ours"] > 0
+
+
+def test_layouts_on_one_rank_are_held_against_one_process(tmp_path: Path) -> None:
+    file = tmp_path / "layouts.json"
+    assert main(["bench", "layouts", *TINY, f"--json={file}"]) == 0
+    rows = {row["name"]: row for row in json.loads(file.read_text())}
+    assert len(rows) == 7 and all(min(row["ours"], row["baseline"]) > 0 for row in rows.values())
+    for layout in ("ddp", "fsdp"):
+        assert rows[f"layout {layout} on one rank, {NAME}"]["unit"] == "tiles/s"
+    assert sum("checkpoint" in name for name in rows) == 3
 
 
 @pytest.mark.parametrize(

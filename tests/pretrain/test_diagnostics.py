@@ -134,7 +134,7 @@ def test_a_healthy_batch_raises_no_alarm_and_constant_features_do() -> None:
     [
         (
             {"prototypes_used_lately": 9.0},
-            "the teacher uses 9 of 65,536 prototypes in the last 100 steps",
+            "the teacher uses 9 of 65,536 prototypes in the last 100 logged steps",
             "momentum",
         ),
         (

@@ -377,7 +377,7 @@ def test_health_sees_a_collapse() -> None:
                              ((crops[:1, :1].expand_as(crops), local, masks), True)):  # fmt: skip
         _, outputs = distiller(*batch, StepRates(0.05))
         found = distiller.record_use(7, outputs)
-        health = distiller.health(7, outputs, found, 100).read()
+        health = distiller.health(7, outputs, found, 100, 8).read()
         assert (health.feature_std < 0.02) == collapsed
         assert health.prototypes_used >= 1 and health.window_steps == 8
 

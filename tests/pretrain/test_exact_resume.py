@@ -27,9 +27,6 @@ from eosin.pretrain.loader import LoaderConfig, batches
 from eosin.pretrain.order import MixtureConfig
 from eosin.pretrain.steps import BatchPlan, Steps
 
-# Three workers on two cores are more than torch would take; here it is their number that counts.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 N = 90
 BATCH = 8
 STEPS = 15  # 120 tiles: into the second epoch
