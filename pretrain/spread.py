@@ -30,8 +30,6 @@ from torch import Tensor
 
 from eosin.pretrain.collectives import Collective, identity
 
-SpreadOf: TypeAlias = "Callable[[Tensor, SpreadConfig, slice | None], Tensor]"
-
 
 @dataclass(frozen=True, kw_only=True)
 class SpreadConfig:
@@ -61,6 +59,9 @@ class SpreadConfig:
             raise ValueError(f"weight={self.weight} must be finite and at least 0")
         if not 0 < self.kappa <= 80:
             raise ValueError(f"kappa={self.kappa} must lie in (0, 80]")
+
+
+SpreadOf: TypeAlias = Callable[[Tensor, SpreadConfig, slice | None], Tensor]
 
 
 def spread_loss(
