@@ -22,6 +22,7 @@ from eosin.pretrain.network import Network
 from eosin.pretrain.step_plan import (
     ACTIVATIONS,
     BACKWARD,
+    FIGURES,
     INPUTS,
     LOSSES,
     OPTIMISER,
@@ -320,9 +321,9 @@ def _flops(config: PlanConfig) -> dict[str, float]:
 
 
 def _flows(config: PlanConfig, card: Card, collectives: list[Collective]) -> Iterator[Flow]:
-    """The collectives by part and kind, in the order in which they first come."""
+    """The collectives of every step by part and kind, in the order in which they first come."""
     together: dict[tuple[str, str], list[Collective]] = {}
-    for collective in collectives:
+    for collective in (one for one in collectives if one.part != FIGURES):
         together.setdefault((_named(collective), collective.kind), []).append(collective)
     for (part, kind), of in together.items():
         seconds = 0.0

@@ -61,6 +61,8 @@ LOSSES = "heads and losses"
 BACKWARD = "backward"
 OPTIMISER = "optimiser"
 EMA = "EMA"
+FIGURES = "health figures"
+"""Of log steps alone."""
 TARGETS = "targets"
 SPREAD = "gathered features"
 STATE = (WEIGHTS, TEACHER, MOMENTS)
@@ -216,7 +218,7 @@ class PlannedStep:
         forget_gradients(student)
         watch.switch(EMA)
         t.model.update_teacher(outputs, rates.momentum, bad)
-        watch.switch(LOSSES)
+        watch.switch(FIGURES)
         t.model.record_use(batch.step, outputs, bad)
         watch.switch("")
 
