@@ -32,6 +32,7 @@ from eosin.pretrain.augment import AugmentConfig
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.export import EncoderCard, write_encoder
 from eosin.pretrain.initialise import materialise
+from eosin.pretrain.retention import Retention
 from eosin.pretrain.vit import Vit, VitConfig
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ class Clock:
 def training(out: Path) -> PretrainConfig:
     out.mkdir(parents=True, exist_ok=True)
     return PretrainConfig(
-        shards="", out=out, steps=100, checkpoint_every=10, model=MODEL,
+        shards="", out=out, steps=100, checkpoints=Retention(every=10), model=MODEL,
         augment=AugmentConfig(global_px=32, local_px=16),
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from eosin.pretrain.checkpoint import list_checkpoints
 from eosin.pretrain.export import ExportConfig, export
 
 TINY = [
-    "steps=8", "batch_size=4", "threads=1", "log_every=1", "checkpoint_every=2", "device=cpu",
+    "steps=8", "batch_size=4", "threads=1", "log_every=1", "checkpoints.every=2", "device=cpu",
     "model={width: 32, depth: 2, heads: 2, patch_px: 8, image_px: 32, layer_scale: 1.0}",
     "objective.head={prototypes: 32, hidden: 16, bottleneck: 8}",
     "augment={global_px: 32, local_px: 16, n_local: 2}", "optim.lr.warmup=0", "optim.lr.peak=0.01",
