@@ -90,7 +90,8 @@ class Verdict:
             parts.append(f"all-reduce {self.all_reduce_gb_s:.3g} GB/s")
         bad = [f"{node}: {why}" for node, why in (self.broken | self.slow).items()]
         found = "; ".join(bad) if bad else "all alike"
-        return f"preflight of {len(self.nodes)} nodes (median: {', '.join(parts)}): {found}"
+        count = f"{len(self.nodes)} node{'s' if len(self.nodes) > 1 else ''}"
+        return f"preflight of {count} (median: {', '.join(parts)}): {found}"
 
 
 def preflight(

@@ -99,7 +99,9 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         out = x.new_empty((group.size() * len(x), *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        # the newer of its names, where this torch has it
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather(out, x.contiguous(), group=group)
         return out
 
     @staticmethod

@@ -10,7 +10,9 @@ Past this file nobody asks which layout it is: optimiser, clipping and moving av
 `local_part.local`, which is the parameters themselves or this rank's shards of them.
 """
 
+import inspect
 import itertools
+import warnings
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -92,10 +94,7 @@ class Layout:
         """Sums over the ranks that hold the parts of one copy; None where each holds all."""
         if name == "ddp":
             self.step = DistributedDataParallel(
-                model,
-                process_group=world.group,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+                model, process_group=world.group, gradient_as_bucket_view=True, **_own_buffers()
             )
         elif name in ("fsdp", "hybrid"):
             mesh = _mesh(name, world, next(model.parameters()).device, shard_ranks)
@@ -109,6 +108,13 @@ class Layout:
             step.require_backward_grad_sync = not more
         elif self.name != "none":
             step.student.set_requires_gradient_sync(not more)
+
+
+def _own_buffers() -> dict[str, Any]:
+    """That buffers are not sent around in every forward, by the name that this torch has for it."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {name: False}
 
 
 def _mesh(name: ParallelName, world: World, device: torch.device, shard_ranks: int) -> DeviceMesh:
@@ -133,6 +139,8 @@ def shard(model: Distiller, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast sees to them
     )
+    # what a network returns are parts of one tensor, and nobody changes them in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     roots: list[tuple[nn.Module, list[nn.Module]]] = [
         (network, [*network.backbone.blocks, *_heads(network)])
         for network in (model.student, model.teacher)

@@ -137,7 +137,7 @@ def koleo_loss(features: Tensor, eps: float = 1e-8, own: slice | None = None) ->
         x = y if own is None else y[own]
         with torch.no_grad():
             similarity = x @ y.mT  # [..., n, n], or [own, B]
-            similarity.diagonal(_first(own), dim1=-2, dim2=-1).fill_(-2)
+            similarity = similarity.masked_fill(_self_pairs(similarity, own), -2)
             nearest = similarity.argmax(dim=-1, keepdim=True)  # [..., n, 1]
         neighbours = y.take_along_dim(nearest, dim=-2)
         # the eps inside keeps the gradient of the root finite at zero distance
@@ -164,9 +164,7 @@ def kde_loss(features: Tensor, config: SpreadConfig, own: slice | None = None) -
         x = y if own is None else y[own]
         exponent = config.kappa * (x @ y.mT)  # [..., n, n], or [own, B]
         if not config.include_self:
-            self_pairs = torch.zeros(exponent.shape[-2:], dtype=torch.bool, device=x.device)
-            self_pairs.diagonal(_first(own)).fill_(True)
-            exponent = exponent.masked_fill(self_pairs, -math.inf)
+            exponent = exponent.masked_fill(_self_pairs(exponent, own), -math.inf)
         log_density = torch.logsumexp(exponent, dim=-1)  # [..., n]
         if config.density == "mean":
             log_density = log_density - math.log(n if config.include_self else n - 1)
@@ -175,9 +173,11 @@ def kde_loss(features: Tensor, config: SpreadConfig, own: slice | None = None) -
         return log_density.mean()
 
 
-def _first(own: slice | None) -> int:
-    """The column of a matrix of cosines at which its first row meets itself."""
-    return 0 if own is None else int(own.start)
+def _self_pairs(cosines: Tensor, own: slice | None) -> Tensor:
+    """Where a row of a matrix of cosines [..., n, N] meets itself, bool [n, N]."""
+    rows, columns = (torch.arange(size, device=cosines.device) for size in cosines.shape[-2:])
+    first = 0 if own is None else int(own.start)
+    return rows[:, None] + first == columns
 
 
 def _zero(features: Tensor) -> Tensor:

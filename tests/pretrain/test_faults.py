@@ -145,11 +145,6 @@ def test_a_stopped_rank_is_named_with_the_stacks_of_the_others(
         ranks[1].process.send_signal(signal.SIGCONT)
 
 
-def train_in_child(config: PretrainConfig) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    pretrain(config)
-
-
 @pytest.mark.pitfall(20)
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(shards: Path, tmp_path: Path) -> None:
@@ -160,7 +155,7 @@ def test_twenty_kills_at_random_moments_change_nothing(shards: Path, tmp_path: P
     killed = config_for(shards, tmp_path / "killed", "steps=400")
     draw, kills, unfinished = random.Random(3), 0, 0
     while kills < 20:
-        process = context.Process(target=train_in_child, args=(killed,))
+        process = context.Process(target=pretrain, args=(killed,))
         process.start()
         wanted = len(rows(killed.out)) + draw.randint(1, 12)
         wait_until(lambda n=wanted, p=process: len(rows(killed.out)) >= n or not p.is_alive())

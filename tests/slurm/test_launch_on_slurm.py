@@ -23,7 +23,7 @@ TINY = [
     "objective.head={prototypes: 32, hidden: 16, bottleneck: 8}",
     "augment={global_px: 32, local_px: 16, n_local: 2}", "device=cpu",
 ]  # fmt: skip
-START_S, END_S = 90, 150
+START_S, END_S = 300, 400
 """Processes start slowly where two cores have much else to do."""
 
 
@@ -84,7 +84,8 @@ class Training:
         assert self.cluster.restarts(self.job) == starts
 
     def log(self) -> str:
-        return "".join(p.read_text() for p in sorted((self.folder / "jobs").glob("*_log.out")))
+        logs = (p.read_text() for p in sorted((self.folder / "jobs").glob("*_log.out")))
+        return "\n".join([str(self.cluster.states()), *logs])
 
 
 def test_a_chain_runs_the_code_that_was_submitted(
