@@ -28,7 +28,8 @@ test: setup  ## the tests (no network, no GPU)
 	$(THREADS) $(BIN)/pytest -q -n 2 -m "not slow and not gpu"
 
 test-all: test  ## the tests and the long campaigns; GPU tests where there is one
-	$(THREADS) $(BIN)/pytest -q -n 2 -m "slow or gpu"
+	$(THREADS) $(BIN)/pytest -q -n 2 -m "slow or gpu" --ignore=tests/slurm
+	$(THREADS) $(BIN)/pytest -q -m slow tests/slurm
 
 gpu: setup  ## on a GPU: its tests, then the benches of data path, layouts, and S, B and L/14 with and without shards, into runs/bench_*.json
 	$(BIN)/pytest -q -m gpu
