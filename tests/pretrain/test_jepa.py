@@ -68,6 +68,28 @@ def test_predictions_equal_those_of_each_crop_alone_without_masked_tokens(use_cl
         torch.testing.assert_close(out[crop][masks[crop]], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_are_those_of_each_crop_alone() -> None:
+    """Of the loss in loops, by the tokens that are seen and by every weight."""
+    patches, cls, teacher, masks = batch()
+    found: list[list[Tensor | None]] = []
+    for naive in (False, True):
+        p = predictor(scale=2.0)
+        seen, own = patches.clone().requires_grad_(), cls.clone().requires_grad_()
+        if naive:
+            loss = torch.zeros(())
+            for crop in range(2):
+                predicted = naive_prediction(p, seen[crop], own[crop], masks[crop])
+                target = F.layer_norm(teacher[crop][masks[crop]], (WIDTH,), eps=1e-6)
+                loss = loss + F.smooth_l1_loss(predicted, target) / 3
+        else:
+            loss = jepa_loss(p(seen, own, masks, GRID), teacher, masks, 3, CONFIG)
+        loss.backward()
+        found.append([loss.detach(), seen.grad, own.grad, *(w.grad for w in p.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        assert ours is not None and expected is not None
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_students_tokens_at_masked_places_are_not_read() -> None:
     patches, cls, teacher, masks = batch()
     patches.requires_grad_()

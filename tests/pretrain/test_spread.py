@@ -60,6 +60,23 @@ def test_kde_equals_its_formula_in_every_convention(config: SpreadConfig) -> Non
     assert float(spread_loss(rows(), config, 6)) == pytest.approx(naive_kde(rows(), config), 1e-5)
 
 
+@pytest.mark.pitfall(5, 6)
+@pytest.mark.parametrize("config", [KOLEO, *CONVENTIONS])
+def test_gradients_are_the_slopes_of_the_formulas(config: SpreadConfig) -> None:
+    x, step = rows().requires_grad_(), 1e-5
+    spread_loss(x, config, 6).backward()
+    exact, slopes = x.detach().double(), torch.zeros(6, 5, dtype=torch.float64)
+    for i, j in itertools.product(range(6), range(5)):
+        around = []
+        for sign in (1, -1):
+            moved = exact.clone()
+            moved[i, j] += sign * step
+            around.append(naive_koleo(moved) if config is KOLEO else naive_kde(moved, config))
+        slopes[i, j] = (around[0] - around[1]) / (2 * step)
+    assert x.grad is not None and slopes.abs().max() > 0.01
+    torch.testing.assert_close(x.grad.double(), slopes, rtol=1e-4, atol=1e-5)
+
+
 def test_log_of_mean_is_wang_and_isolas_uniformity() -> None:
     t, unit = 2.0, torch.nn.functional.normalize(rows(), dim=1)
     uniformity = (-t * torch.pdist(unit).square()).exp().mean().log()  # eq. 2, pairs i < j
