@@ -1,8 +1,8 @@
 """A run that stands still is ended, with the stack of every rank and the name of who is behind.
 
-A thread of each process notes in the shared store how far it came. When no step was finished for
-too long, it writes down where all threads stand, says which ranks are behind, and ends the process:
-the main thread may hang in a collective, which no exception reaches.
+A thread of each process notes in the shared store how far it came, and that it lives. When no step
+was finished for too long, it writes down where all threads stand, says which ranks are silent or
+behind, and ends the process: the main thread may hang in a collective, which no exception reaches.
 """
 
 import faulthandler
@@ -12,9 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from eosin.configs.errors import InterruptedRunError
 from eosin.launch.process import World
@@ -22,7 +23,20 @@ from eosin.launch.process import World
 FIRST_STEP = 3
 """The first step may take so many times as long: kernels are compiled in it."""
 LAST_WORDS_S = 5.0
-"""For the other ranks to say how far they came, before the first process ends."""
+"""For the other ranks to read the account, before the first process, which keeps it, ends."""
+SIGNS = 6
+"""Signs of life that a rank gives before it says which others gave none; each is half of what lies
+between two in good times, so that ranks that give up at different moments see each other."""
+
+
+class Sign(NamedTuple):
+    """What a rank says of itself."""
+
+    step: int
+    """That it began last."""
+    number: int
+    """Of the signs that it gave."""
+    host: str
 
 
 class Watchdog:
@@ -44,7 +58,7 @@ class Watchdog:
     ) -> None:
         self.folder, self.world, self.limit_s, self._end = folder, world, limit_s, end
         self._done, self._last, self._steps = threading.Event(), time.monotonic(), 0
-        self._step = -1
+        self._step, self._signs, self._interval = -1, 0, min(limit_s / 10, 10.0)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
@@ -63,8 +77,8 @@ class Watchdog:
         self._steps += 1
 
     def _watch(self) -> None:
-        interval = min(self.limit_s / 10, 10.0)
-        while not self._done.wait(interval):
+        self._note()
+        while not self._done.wait(self._interval):
             self._note()
             limit = self.limit_s * (FIRST_STEP if self._steps < 2 else 1)
             if time.monotonic() - self._last > limit:
@@ -72,13 +86,11 @@ class Watchdog:
                 return
 
     def _note(self) -> None:
+        self._signs += 1
         if self.world.store is not None:
-            try:
-                self.world.store.set(
-                    f"step/{self.world.rank}", f"{self._step} {socket.gethostname()}"
-                )
-            except RuntimeError:  # rank 0 and its store are gone; the main thread will find out
-                return
+            sign = f"{self._step} {self._signs} {socket.gethostname()}"
+            with suppress(RuntimeError):  # rank 0 and its store are gone; the main thread finds out
+                self.world.store.set(f"sign/{self.world.rank}", sign)
 
     def _give_up(self, limit: float) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,39 +108,53 @@ class Watchdog:
         where = f"the stack of each rank is in {self.folder}"
         if self.world.store is None:
             return f"no step was finished for {limit:.0f} s, at step {self._step}; {where}"
+        before = self._read_signs()
+        for _ in range(SIGNS):
+            time.sleep(self._interval / 2)
+            self._note()
         return (
             f"rank {self.world.rank}: no step was finished for {limit:.0f} s; "
-            f"{who_is_behind(self._read_steps())}; {where}"
+            f"{who_is_behind(before, self._read_signs(), self.world.size)}; {where}"
         )
 
-    def _read_steps(self) -> dict[int, tuple[int, str]]:
-        """Step and host of each rank that said so."""
+    def _read_signs(self) -> dict[int, Sign]:
+        """The newest of each rank that gave one."""
         store, found = self.world.store, {}
         assert store is not None
         for rank in range(self.world.size):
             try:
-                if store.check([f"step/{rank}"]):
+                if store.check([f"sign/{rank}"]):
                     store.set_timeout(timedelta(seconds=LAST_WORDS_S))
-                    step, host = store.get(f"step/{rank}").decode().split(" ", 1)
-                    found[rank] = int(step), host
+                    step, signs, host = store.get(f"sign/{rank}").decode().split(" ", 2)
+                    found[rank] = Sign(int(step), int(signs), host)
             except RuntimeError:
                 break
         return found
 
 
-def who_is_behind(steps: Mapping[int, tuple[int, str]]) -> str:
-    """In words, which ranks came less far than the others.
+def who_is_behind(before: Mapping[int, Sign], now: Mapping[int, Sign], ranks: int) -> str:
+    """In words, which ranks are silent, or came less far than the others.
 
     Args:
-        steps: of each rank, the step that it began last, and its host.
+        before: what was read first, by rank.
+        now: likewise later, when every rank that lives has given another sign.
+        ranks: in all.
     """
-    if not steps:
+    if not now:
         return "rank 0, which keeps the account, cannot be reached"
-    ahead = max(step for step, _ in steps.values())
+    silent = [
+        f"rank {rank} ({sign.host}) gives no sign of life since step {sign.step}"
+        for rank, sign in sorted(now.items())
+        if before.get(rank) == sign
+    ]
+    silent += [f"rank {rank} never gave a sign of life" for rank in range(ranks) if rank not in now]
+    if silent:
+        return f"{', '.join(silent)}: stopped, or gone"
+    ahead = max(sign.step for sign in now.values())
     behind = [
-        f"rank {rank} ({host}) is at step {step}"
-        for rank, (step, host) in sorted(steps.items())
-        if step < ahead
+        f"rank {rank} ({sign.host}) is at step {sign.step}"
+        for rank, sign in sorted(now.items())
+        if sign.step < ahead
     ]
     if not behind:
         return f"all ranks began step {ahead}: one of them is stuck in it"

@@ -11,7 +11,7 @@ from ranks import ranks_of
 
 from eosin.launch.process import World, join_world
 from eosin.launch.signals import StopRequests
-from eosin.launch.watchdog import Watchdog, who_is_behind
+from eosin.launch.watchdog import Sign, Watchdog, who_is_behind
 
 
 def test_what_goes_on_is_left_alone_and_what_stands_still_is_ended(tmp_path: Path) -> None:
@@ -44,15 +44,34 @@ def test_without_a_limit_nothing_is_watched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "words"),
+    ("before", "now", "words"),
     [
-        ({}, "rank 0, which keeps the account, cannot be reached"),
-        ({0: (4, "a"), 1: (4, "b")}, "all ranks began step 4: one of them is stuck in it"),
-        ({0: (4, "a"), 1: (2, "b"), 2: (4, "c")}, "rank 1 (b) is at step 2, the others at 4"),
+        ([], [], "rank 0, which keeps the account, cannot be reached"),
+        (
+            [Sign(4, 7, "a"), Sign(4, 7, "b")],
+            [Sign(4, 9, "a"), Sign(4, 8, "b")],
+            "all ranks began step 4: one of them is stuck in it",
+        ),
+        (
+            [Sign(4, 7, "a"), Sign(2, 7, "b"), Sign(4, 6, "c")],
+            [Sign(4, 9, "a"), Sign(2, 9, "b"), Sign(4, 8, "c")],
+            "rank 1 (b) is at step 2, the others at 4",
+        ),
+        (
+            [Sign(4, 7, "a"), Sign(4, 5, "b")],
+            [Sign(4, 9, "a"), Sign(4, 5, "b")],
+            "rank 1 (b) gives no sign of life since step 4: stopped, or gone",
+        ),
+        (
+            [Sign(4, 7, "a")],
+            [Sign(4, 9, "a")],
+            "rank 1 never gave a sign of life: stopped, or gone",
+        ),
     ],
 )
-def test_who_is_behind(steps: dict[int, tuple[int, str]], words: str) -> None:
-    assert who_is_behind(steps) == words
+def test_who_is_behind(before: list[Sign], now: list[Sign], words: str) -> None:
+    found = who_is_behind(dict(enumerate(before)), dict(enumerate(now)), max(len(now), 2))
+    assert found == words
 
 
 def test_one_process_asks_nobody() -> None:
