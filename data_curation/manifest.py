@@ -134,6 +134,28 @@ FEATURE_ROWS = pa.schema(
 )
 """What the rows of a feature store's ``features.npy`` are, in their order."""
 
+CLUSTERS = pa.schema(
+    [
+        _field("tile_id", pa.string()),
+        _field("slide_id", pa.string()),
+        _field("level_1", pa.int32()),  # the finest; level_2, level_3, … follow, where there are
+        _field("distance", pa.float32()),  # L2, to the centre of its cluster of level 1
+    ]
+)
+"""One row a tile, in the order of the feature store it was clustered from. Further columns:
+``level_2`` and on (int32, each the parent of the one below), and ``slide_cluster`` (int32) with
+``slide_distance`` (float32) where tiles were clustered within slides too."""
+
+DUPLICATES = pa.schema(
+    [
+        _field("tile_id", pa.string()),  # the one to leave out
+        _field("kept_tile_id", pa.string()),  # the one that stands for it
+        _field("kind", pa.string()),  # exact, near, slide
+        pa.field("similarity", pa.float32()),  # cosine of features; null where none was needed
+    ]
+)
+"""One row a tile that repeats another, sorted by tile_id; no ``kept_tile_id`` is a ``tile_id``."""
+
 PREDICTIONS = pa.schema(
     [
         _field("encoder", pa.string()),  # EncoderRecord.name of the results

@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 from eosin.configs.errors import ConfigError
 from eosin.configs.load import load_config
-from eosin.launch.cli import VERBS, Verb, parse_arguments, split_verb
+from eosin.launch.cli import parse_arguments, split_verb
+from eosin.launch.verbs import VERBS, Verb
 
 Where: TypeAlias = Literal["auto", "slurm", "local"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eosin.launch.cli import VERBS, main
+from eosin.launch.cli import main
+from eosin.launch.verbs import VERBS
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,207 @@
+"""The verbs of the `eosin` command: where each one's config and function live.
+
+A row holds names, not modules: `eosin --help` imports none of them.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: where its config and its function live."""
+
+    module: str
+    schema: str
+    """Name of the config dataclass in `module`."""
+    function: str
+    """Name of the function in `module` that takes the config; raises `EosinError` on failure."""
+    summary: str
+    example: str
+    positional: str = ""
+    """Config key that a bare argument fills."""
+    plan: str = ""
+    """Name of the function in `module` that answers ``--dry-run`` with a text."""
+    options: tuple[str, ...] = ()
+    """Config keys that ``--key VALUE`` fills, too."""
+    ranks: bool = False
+    """Whether it runs as several processes that share the work."""
+    pieces: str = ""
+    """Name of the function in `module` that lists what is left to do, by piece, with its size; the
+    config key `only` then names a file of pieces to do."""
+    tail: str = ""
+    """Config key that takes what follows ``--``."""
+
+    def load_schema(self) -> type[Any]:
+        """The config dataclass; imports the module."""
+        schema: type[Any] = getattr(importlib.import_module(self.module), self.schema)
+        return schema
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        "eosin.launch.demo",
+        "DemoConfig",
+        "demo",
+        "synthetic slides, then the whole chain, to a report; minutes on a CPU",
+        "eosin demo",
+        plan="plan",
+    ),
+    "tile": Verb(
+        "eosin.data_curation.tiles",
+        "TileConfig",
+        "tile",
+        "slides to slides.parquet, tiles.parquet and overlays",
+        "eosin tile slides=/data/slides out=tiles mpp=0.5",
+        plan="plan",
+        pieces="pieces",
+    ),
+    "shard": Verb(
+        "eosin.data_curation.shards",
+        "ShardConfig",
+        "shard",
+        "selected tiles of slides, or tile images, to WebDataset shards with an index",
+        "eosin shard images=/data/tiles out=shards",
+        plan="plan",
+    ),
+    "shard verify": Verb(
+        "eosin.data_curation.verify",
+        "VerifyConfig",
+        "verify",
+        "check every shard and record against its checksum, and name the damaged ones",
+        "eosin shard verify shards",
+        positional="shards",
+    ),
+    "shard energon": Verb(
+        "eosin.data_curation.energon_index",
+        "EnergonConfig",
+        "write_energon",
+        "index finished shards for Megatron-Energon, without reading them",
+        "eosin shard energon shards",
+        positional="shards",
+    ),
+    "curate": Verb(
+        "eosin.data_curation.curate",
+        "CurateConfig",
+        "curate",
+        "slides to shards in one resumable command: tile, select, shard",
+        "eosin curate slides=/data/slides out=curated tile.mpp=0.5",
+        plan="plan",
+        pieces="pieces",
+    ),
+    "pretrain": Verb(
+        "eosin.launch.training",
+        "TrainingConfig",
+        "pretrain",
+        "shards to a run folder with an exported encoder; resumes when the folder exists",
+        "eosin pretrain --config pretrain/smoke shards=curated/shards out=runs/first",
+        plan="plan",
+        ranks=True,
+    ),
+    "plan": Verb(
+        "eosin.launch.plan",
+        "PlanConfig",
+        "plan",
+        "a training's memory, traffic, time and cost on any number of GPUs, before it runs",
+        "eosin plan --config pretrain/eosin --config size/large batch_size=2048 gpus=64 gpu=A100",
+        options=("json",),
+    ),
+    "export": Verb(
+        "eosin.pretrain.export",
+        "ExportConfig",
+        "export",
+        "a run to an encoder folder that bare timm loads",
+        "eosin export run=runs/first out=runs/first/encoder",
+    ),
+    "eval": Verb(
+        "eosin.eval.run",
+        "EvalConfig",
+        "evaluate",
+        "encoder on labelled tiles to results.json and report.html, floors beside it",
+        "eosin eval encoder=runs/first/encoder task.tiles=/data/labels.csv out=runs/first/eval",
+        plan="plan",
+    ),
+    "watch": Verb(
+        "eosin.eval.watch_exports",
+        "WatchConfig",
+        "watch",
+        "score each export of a running training (probe.where=job) as it appears, until it is done",
+        "eosin watch run=runs/first probe.tiles=/data/labels.csv",
+        plan="plan",
+    ),
+    "stain": Verb(
+        "eosin.pretrain.stain_fit",
+        "StainFitConfig",
+        "fit_stain",
+        "the stain statistics of a set of shards, as YAML for augment.stain",
+        "eosin stain shards=curated/shards out=stain.yaml",
+    ),
+    "launch": Verb(
+        "eosin.launch.submit",
+        "LaunchConfig",
+        "launch",
+        "any verbs as jobs on Slurm, or here as several processes; queued again until done",
+        "eosin launch nodes=4 gpus=8 -- pretrain shards=shards out=runs/big -- export run=runs/big",
+        plan="plan",
+        tail="command",
+    ),
+    "launch status": Verb(
+        "eosin.launch.jobs",
+        "StatusConfig",
+        "status",
+        "how the jobs of a launch stand",
+        "eosin launch status launches/pretrain-1",
+        positional="folder",
+    ),
+    "launch logs": Verb(
+        "eosin.launch.jobs",
+        "LogsConfig",
+        "logs",
+        "the end of the logs of a launch's jobs",
+        "eosin launch logs launches/pretrain-1 stage=pretrain rank=0",
+        positional="folder",
+    ),
+    "launch cancel": Verb(
+        "eosin.launch.jobs",
+        "CancelConfig",
+        "cancel",
+        "end the jobs of a launch, waiting or running",
+        "eosin launch cancel launches/pretrain-1",
+        positional="folder",
+    ),
+    "bench data": Verb(
+        "eosin.launch.bench_data",
+        "BenchDataConfig",
+        "bench_data",
+        "tiles/s a core from JPEG to crops by stage, against Pillow, torchvision and webdataset",
+        "eosin bench data --json data.json",
+        plan="plan",
+        options=("json",),
+    ),
+    "bench step": Verb(
+        "eosin.launch.bench_step",
+        "BenchStepConfig",
+        "bench_step",
+        "a training step against a plain one: tiles/s, FLOP/s, memory, and time by part",
+        "eosin bench step model.drop_path=0.3 threads=1 --json step.json",
+        plan="plan",
+        options=("json",),
+    ),
+    "bench layouts": Verb(
+        "eosin.launch.bench_layouts",
+        "BenchStepConfig",
+        "bench_layouts",
+        "the same step alone, replicated and sharded on one rank; and what a checkpoint costs it",
+        "eosin bench layouts --config bench/step_gpu --json layouts.json",
+        options=("json",),
+    ),
+    "doctor": Verb(
+        "eosin.launch.doctor",
+        "DoctorConfig",
+        "doctor",
+        "this machine: what eosin finds and would choose on it, and what to mend",
+        "eosin doctor folder=runs --json doctor.json",
+        options=("json",),
+    ),
+}
