@@ -21,6 +21,7 @@ from eosin.launch.bench import (
 )
 from eosin.launch.bench_sides import PARTS, FastStep, PlainStep, Side
 from eosin.launch.bench_tiles import made_up_shards
+from eosin.launch.host_memory import keep_freed_memory
 from eosin.launch.peak import known_peak
 from eosin.launch.process import (
     DeviceName,
@@ -186,6 +187,8 @@ def bench_step(config: BenchStepConfig) -> None:
     """
     torch.set_num_threads(config.threads or usable_cores())
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     dtype = choose_precision(config.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         if config.shards == MADE_UP:

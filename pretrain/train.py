@@ -13,6 +13,7 @@ import torch
 from eosin.configs.errors import EosinError, InterruptedRunError
 from eosin.data_curation.shard_reader import ShardReader
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
+from eosin.launch.host_memory import keep_freed_memory
 from eosin.launch.preflight import preflight
 from eosin.launch.process import (
     World,
@@ -79,6 +80,8 @@ def pretrain(config: PretrainConfig, start_probe: StartProbe | None = None) -> N
         return
     torch.set_num_threads(config.threads or usable_cores())
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with (
         StopRequests() as stops,
         join_world(device, JOIN * config.timeout_s) as world,
