@@ -4,12 +4,15 @@ Each stage knows by its stamp what it has done, so there is no state here: anoth
 and shards again and reads no slide that it need not; another mpp tiles again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eosin.configs.errors import EosinError, TooManyFailedError
+from eosin.data_curation.costs import charged, cost_lines, read_costs
+from eosin.data_curation.manifest import INDEX, SLIDES, TILES, open_table, read_table
 from eosin.data_curation.selection import SelectConfig, write_selection
+from eosin.data_curation.shard_marker import INDEX_NAME, MARKER_NAME
 from eosin.data_curation.shards import ShardConfig, ShardOptions, shard
 from eosin.data_curation.tiles import TileConfig, TileOptions, tile
 from eosin.data_curation.tiles import pieces as list_pieces
@@ -67,24 +70,54 @@ def curate(config: CurateConfig) -> None:
     if config.only is not None:
         tile(config.tile_config)
         return
-    stages: tuple[Callable[[], None], ...] = (
-        lambda: tile(config.tile_config),
-        lambda: write_selection(config.out / "tiles.parquet", config.selection, config.select),
-        lambda: shard(config.shard_config),
-    )
     errors: list[EosinError] = []
-    for stage in stages:
+    for stage in _stages(config):
         try:
-            stage()
+            with charged(config.out, stage.name, stage.marker, stage.count):
+                stage.run()
         except TooManyFailedError as error:
             errors.append(error)
         except EosinError as error:
             errors.append(error)
             break
+    print("\n".join(cost_lines(read_costs(config.out))))
     if len(errors) > 1:
         raise EosinError("; then: ".join(map(str, errors))) from errors[-1]
     if errors:
         raise errors[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    name: str
+    run: Callable[[], None]
+    marker: Path
+    """Written last, and only where there was something to do."""
+    count: Callable[[], int]
+    """Tiles that the finished stage worked on."""
+
+
+def _stages(config: CurateConfig) -> Iterator[_Stage]:
+    """What is done, in this order."""
+    tiles = config.out / "tiles.parquet"
+    yield _Stage(
+        name="tile",
+        run=lambda: tile(config.tile_config),
+        marker=config.out / "tiles.json",
+        count=lambda: sum(read_table(config.out / "slides.parquet", SLIDES)["n_ok"].to_pylist()),
+    )
+    yield _Stage(
+        name="select",
+        run=lambda: write_selection(tiles, config.selection, config.select),
+        marker=config.selection.with_suffix(".json"),
+        count=lambda: open_table(tiles, TILES).metadata.num_rows,
+    )
+    yield _Stage(
+        name="shard",
+        run=lambda: shard(config.shard_config),
+        marker=config.shard_config.out / MARKER_NAME,
+        count=lambda: open_table(config.shard_config.out / INDEX_NAME, INDEX).metadata.num_rows,
+    )
 
 
 def pieces(config: CurateConfig) -> dict[str, int]:

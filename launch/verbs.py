@@ -107,6 +107,14 @@ VERBS: dict[str, Verb] = {
         "eosin plan --config pretrain/eosin --config size/large batch_size=2048 gpus=64 gpu=A100",
         options=("json",),
     ),
+    "plan curate": Verb(
+        "eosin.launch.plan_curation",
+        "PlanCurateConfig",
+        "plan_curation",
+        "a curation's core-hours, GPU-hours, storage and cost by stage, before it runs",
+        "eosin plan curate slides=20000 like=pilot total=50000000 cores=256 gpus=8",
+        options=("json",),
+    ),
     "export": Verb(
         "eosin.pretrain.export",
         "ExportConfig",

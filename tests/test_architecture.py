@@ -14,6 +14,7 @@ LAUNCH_TOP = {
     "cli",
     "demo",
     "plan",
+    "plan_curation",
     "doctor",
     "chain",
     "local",

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from eosin.configs.errors import TooManyFailedError
+from eosin.data_curation.costs import COSTS_NAME
 from eosin.data_curation.curate import CurateConfig, curate, plan
 from eosin.data_curation.manifest import (
     FAILED,
@@ -68,10 +69,11 @@ def config_of(slides: Path, out: Path, min_tissue: float = 0.5) -> CurateConfig:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the measured costs, which no two runs share."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != COSTS_NAME
     }
 
 
