@@ -21,6 +21,8 @@ from torch import Tensor
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.descriptors import HISTOGRAM_BINS, colour_histogram, mean_colour
+from eosin.data_curation.stain_texture import DIM as STAIN_TEXTURE_DIM
+from eosin.data_curation.stain_texture import stain_texture
 from eosin.data_curation.torchvision_import import import_timm
 from eosin.launch.artefacts import stamp_of
 
@@ -223,8 +225,9 @@ def load_encoder(
     Args:
         spec: a folder with ``config.json`` and ``model.safetensors`` as timm writes them, or a run
             folder with such an ``encoder/`` in it; ``timm:NAME`` with pretrained weights (NAME may
-            be ``hf-hub:ORG/MODEL``); ``builtin:mean-colour`` or ``builtin:colour-histogram``. A
-            suffix ``@cls``, ``@mean``, ``@clsmean`` or ``@native`` chooses the pooling.
+            be ``hf-hub:ORG/MODEL``); ``builtin:stain-texture``, ``builtin:mean-colour`` or
+            ``builtin:colour-histogram``. A suffix ``@cls``, ``@mean``, ``@clsmean`` or ``@native``
+            chooses the pooling.
         device: where the network runs.
         pooling: one of `POOLINGS`; else the suffix, else what the folder's config states under
             ``{"eosin": {"pooling": …}}``, else what the network's own head uses.
@@ -261,7 +264,11 @@ def _builtin(name: str) -> Encoder:
         return DescriptorEncoder(name, 3, 1, mean_colour)
     if name == "colour-histogram":
         return DescriptorEncoder(name, HISTOGRAM_BINS**3, 1, colour_histogram)
-    raise InputError(f"no builtin encoder '{name}'; there are: mean-colour, colour-histogram")
+    if name == "stain-texture":
+        return DescriptorEncoder(name, STAIN_TEXTURE_DIM, 1, stain_texture)
+    raise InputError(
+        f"no builtin encoder '{name}'; there are: mean-colour, colour-histogram, stain-texture"
+    )
 
 
 def _pretrained(name: str) -> Any:

@@ -1,13 +1,15 @@
 """The feature store: one layout for embedded tiles, the evaluation's cache and bags.
 
 A folder with ``features.npy`` (float16 [N, D], to be memory-mapped), ``rows.parquet`` (what each
-row is) and ``meta.json`` (which encoder, what data), written last. Features are computed in
+row is), ``offsets.npy`` (where each slide's rows begin) and ``meta.json`` (which encoder, what
+data), written last. Features are computed in
 chunks; after a kill the same call goes on at the first chunk that was not on disk.
 """
 
 import io
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,20 @@ import pyarrow as pa
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.manifest import FEATURE_ROWS, read_table, write_table
-from eosin.launch.artefacts import is_done, mark_done, read_json, stamp_of, write_json
+from eosin.launch.artefacts import (
+    is_done,
+    mark_done,
+    read_json,
+    replacing,
+    stamp_of,
+    write_json,
+)
 
 FORMAT = 1
 """Version of what a store holds; stores of another one are made again."""
 
 _FEATURES, _ROWS, _META, _PROGRESS = "features.npy", "rows.parquet", "meta.json", ".progress.json"
+_OFFSETS = "offsets.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,20 @@ class FeatureStore:
     rows: pa.Table
     """Under `FEATURE_ROWS`, N rows."""
     meta: dict[str, Any]
+    offsets: npt.NDArray[np.int64] | None = None
+    """[S + 1]: the rows of slide s are ``offsets[s]`` to ``offsets[s + 1]``, slides in the order of
+    the rows; None where the rows do not lie slide by slide, or name no slides."""
+
+    def bags(self) -> Iterator[tuple[str, npt.NDArray[np.float16]]]:
+        """Each slide's id with its features [n, D], which are views of the mapped file.
+
+        Raises:
+            InputError: the rows do not lie slide by slide.
+        """
+        if self.offsets is None:
+            raise InputError("these features do not lie slide by slide: they are no bags")
+        for start, stop in itertools.pairwise(self.offsets.tolist()):
+            yield self.rows["slide_id"][start].as_py(), self.features[start:stop]
 
 
 def features_stamp(encoder_digest: str, data_digest: str) -> str:
@@ -75,7 +99,21 @@ def open_features(folder: Path) -> FeatureStore:
         ) from error
     if features.dtype != np.float16 or len(features) != rows.num_rows:
         raise InputError(f"{folder}: features and rows do not belong together; delete the folder")
-    return FeatureStore(features=features, rows=rows, meta=read_json(folder / _META))
+    return FeatureStore(
+        features=features, rows=rows, meta=read_json(folder / _META), offsets=slide_offsets(rows)
+    )
+
+
+def slide_offsets(rows: pa.Table) -> npt.NDArray[np.int64] | None:
+    """Where each slide's rows begin, and the end: int64 [S + 1]; None as in `FeatureStore`."""
+    column = rows["slide_id"]
+    if not rows.num_rows or column.null_count:
+        return None
+    codes = column.combine_chunks().dictionary_encode().indices.to_numpy()
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    if len(starts) != len(np.unique(codes)):
+        return None
+    return np.append(starts, rows.num_rows).astype(np.int64)
 
 
 def write_features(
@@ -122,15 +160,54 @@ def write_features(
         file.seek(0, os.SEEK_END)
         for start in range(done, rows.num_rows, chunk_rows):
             stop = min(start + chunk_rows, rows.num_rows)
-            file.write(_as_half(compute(start, stop), start).tobytes())
+            file.write(as_half(compute(start, stop), start).tobytes())
             file.flush()
             os.fsync(file.fileno())
             write_json(folder / _PROGRESS, {"stamp": stamp, "rows": stop})
-    write_table(rows, folder / _ROWS, FEATURE_ROWS)
+    _write_rows(folder, rows)
     partial.replace(final)
     mark_done(folder / _META, stamp, format=FORMAT, dtype="float16", dim=dim, **meta)
     (folder / _PROGRESS).unlink(missing_ok=True)
     return open_features(folder)
+
+
+def join_features(
+    folder: Path,
+    *,
+    rows: pa.Table,
+    dim: int,
+    stamp: str,
+    parts: Iterable[npt.NDArray[np.float16]],
+    meta: dict[str, Any],
+) -> None:
+    """Writes a store from features that were computed in parts.
+
+    Args:
+        folder: where it lies; what is in it is replaced, the marker last.
+        rows: under `FEATURE_ROWS`, N rows.
+        dim: D.
+        stamp: from `features_stamp`.
+        parts: float16 [n, D] each, N rows together; one is in memory at a time.
+        meta: what else ``meta.json`` records.
+    """
+    (folder / _META).unlink(missing_ok=True)
+    with replacing(folder / _FEATURES) as partial, partial.open("wb") as file:
+        file.write(_npy_header(rows.num_rows, dim))
+        for part in parts:
+            file.write(np.ascontiguousarray(part, "<f2").tobytes())
+    _write_rows(folder, rows)
+    mark_done(folder / _META, stamp, format=FORMAT, dtype="float16", dim=dim, **meta)
+
+
+def _write_rows(folder: Path, rows: pa.Table) -> None:
+    """``rows.parquet``, and ``offsets.npy`` where the rows lie slide by slide."""
+    write_table(rows, folder / _ROWS, FEATURE_ROWS)
+    offsets = slide_offsets(rows)
+    if offsets is None:
+        (folder / _OFFSETS).unlink(missing_ok=True)
+        return
+    with replacing(folder / _OFFSETS) as partial, partial.open("wb") as file:
+        np.save(file, offsets, allow_pickle=False)
 
 
 def _npy_header(n_rows: int, dim: int) -> bytes:
@@ -141,7 +218,12 @@ def _npy_header(n_rows: int, dim: int) -> bytes:
     return buffer.getvalue()
 
 
-def _as_half(features: npt.NDArray[np.float32], start: int) -> npt.NDArray[np.float16]:
+def as_half(features: npt.NDArray[np.float32], start: int) -> npt.NDArray[np.float16]:
+    """Features [n, D] as float16; `start` is the row of the first, for the message.
+
+    Raises:
+        InputError: one is not finite in float16.
+    """
     with np.errstate(over="ignore"):
         half = features.astype("<f2")
     bad = np.flatnonzero(~np.isfinite(half).all(axis=1))

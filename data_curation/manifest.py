@@ -134,6 +134,16 @@ FEATURE_ROWS = pa.schema(
 )
 """What the rows of a feature store's ``features.npy`` are, in their order."""
 
+FEATURES_FAILED = pa.schema(
+    [
+        _field("tile_id", pa.string()),
+        _field("source", pa.string()),  # the file that it is in
+        _field("status", pa.string()),
+        _field("reason", pa.string()),
+    ]
+)
+"""One row a tile that has no row of features, in the order in which it would have one."""
+
 CLUSTERS = pa.schema(
     [
         _field("tile_id", pa.string()),

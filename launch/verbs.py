@@ -81,6 +81,15 @@ VERBS: dict[str, Verb] = {
         "eosin shard energon shards",
         positional="shards",
     ),
+    "embed": Verb(
+        "eosin.data_curation.embed_tiles",
+        "EmbedConfig",
+        "embed",
+        "tiles of slides, images or shards to a feature store, by any encoder",
+        "eosin embed tiles=curated encoder=builtin:stain-texture out=curated/features",
+        plan="plan",
+        ranks=True,
+    ),
     "curate": Verb(
         "eosin.data_curation.curate",
         "CurateConfig",

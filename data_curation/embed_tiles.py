@@ -1,0 +1,341 @@
+"""The verb `embed`: tiles of slides, image files or shards to a feature store, by any encoder.
+
+Rows are computed in blocks, each a file of its own until all are there. So any number of processes
+share the work (each takes a run of blocks), a killed command goes on at the first block that is
+missing, and the store has the same bytes either way: what is in a batch never depends on who
+computes it. A tile that cannot be read has no row; ``failed.parquet`` says why.
+"""
+
+import json
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from safetensors.numpy import load_file, save
+from torch import Tensor
+
+from eosin.configs.errors import InputError, TooManyFailedError
+from eosin.data_curation.encoder import Encoder, load_encoder
+from eosin.data_curation.features import as_half, features_stamp, has_features, join_features
+from eosin.data_curation.manifest import FEATURES_FAILED, read_table, write_table
+from eosin.data_curation.records import Failure, check_rules
+from eosin.data_curation.tile_sources import ImageSource, ShardSource, SlideTileSource, TileSource
+from eosin.data_curation.worker_pool import count_workers
+from eosin.launch.artefacts import is_done, mark_done, stamp_of, write_bytes
+from eosin.launch.process import (
+    DeviceName,
+    PrecisionName,
+    World,
+    choose_device,
+    choose_precision,
+    join_world,
+)
+from eosin.launch.progress import Meter, format_seconds
+
+R = TypeVar("R")
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 256, 16384
+"""Tiles that are computed and made safe together; between the two, so that there are about
+`MANY_BLOCKS` files, whatever the number of processes."""
+MANY_BLOCKS = 4096
+FAILED_NAME = "failed.parquet"
+META_NAME = "meta.json"
+_PARTS = ".parts"
+_TRIED = 32  # tiles that a plan embeds
+_WAIT_S = 24 * 3600.0  # for the other ranks: one may have slower slides
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """By what tiles become features."""
+
+    encoder: str = ""
+    """A folder of ours or timm's, a run folder, ``timm:NAME``, ``timm:hf-hub:ORG/NAME``, or
+    ``builtin:stain-texture``, which needs no weights; ``@cls``, ``@mean``, ``@clsmean`` or
+    ``@native`` behind it chooses the pooling."""
+    batch_size: int = 64
+    """Tiles a forward pass. Another one may change features in their last bits."""
+    threads: int = 0
+    """Threads of a process that read and prepare tiles; 0: one per core."""
+    device: DeviceName = "auto"
+    """``auto``: a GPU where there is one, that of the local rank."""
+    precision: PrecisionName = "auto"
+    """Of the network: ``auto`` is bf16 on GPUs that have it, fp32 elsewhere."""
+    max_failed: float = 0.01
+    """Share of the tiles that may be unreadable before the command ends with an error (everything
+    else is finished and kept)."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.threads < 0:
+            raise ValueError(f"threads must not be negative, not {self.threads}")
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"max_failed must be between 0 and 1, not {self.max_failed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(EmbedOptions):
+    """Tiles to features: of `tiles`, of `images` or of `shards`."""
+
+    out: Path
+    """Folder of the feature store."""
+    tiles: Path | None = None
+    """A folder that `eosin tile` or `eosin curate` wrote; pixels are read from the slides."""
+    selection: Path | None = None
+    """A selection.parquet of those tiles; without it, all tiles that could be read."""
+    images: Path | None = None
+    """A folder of tile images, or a CSV table with `path`, as for `eosin shard`."""
+    shards: str | None = None
+    """A folder of finished shards, or its URL."""
+    keep: list[str] = field(default_factory=list)
+    """Rules that a tile must satisfy, as for `eosin shard`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rules(self.keep)
+        if not self.encoder:
+            raise ValueError("encoder is missing, e.g. encoder=builtin:stain-texture")
+        if sum(given is not None for given in (self.tiles, self.images, self.shards)) != 1:
+            raise ValueError("give one of tiles, images and shards")
+        if self.selection is not None and self.tiles is None:
+            raise ValueError("selection goes with tiles")
+        if self.keep and self.shards is not None:
+            raise ValueError("keep goes with tiles or images; shards are taken whole")
+
+
+def embed(config: EmbedConfig) -> None:
+    """Embeds what is not embedded yet; as one process, or as several that share the work.
+
+    Raises:
+        InputError: no such encoder or tiles; or a feature is not finite.
+        TooManyFailedError: more tiles are unreadable than `max_failed` allows; the others are in
+            the store.
+    """
+    device = choose_device(config.device)
+    with join_world(device, timeout_s=_WAIT_S) as world:
+        source = open_source(config)
+        encoder = load_encoder(config.encoder, device)
+        dtype = choose_precision(config.precision, device)
+        stamp = stamp_for(config, encoder, source, dtype)
+        started, done_before = time.monotonic(), has_features(config.out, stamp)
+        if not done_before:
+            _prepare_parts(config.out, stamp, world)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                _compute(config, source, encoder, world)
+            world.barrier()
+            if world.leads:
+                _join(config, source, encoder, stamp)
+        if world.leads:
+            shutil.rmtree(config.out / _PARTS, ignore_errors=True)
+        world.barrier()
+        if world.leads:
+            _conclude(config, source, encoder, None if done_before else started)
+
+
+def plan(config: EmbedConfig) -> str:
+    """What `embed` would do: tiles, size of the store, and time from a few of them."""
+    source = open_source(config)
+    device = choose_device(config.device)
+    encoder = load_encoder(config.encoder, device)
+    n_rows = source.rows.num_rows
+    rows = np.linspace(0, n_rows - 1, min(_TRIED, n_rows)).astype(int).tolist()
+    tiles = [tile for tile in map(source.read, rows) if not isinstance(tile, Failure)]
+    lines = [
+        f"{n_rows} tiles by {encoder.name}: {encoder.dim} features each, "
+        f"{n_rows * encoder.dim * 2 / 1e9:.3f} GB in {config.out}"
+    ]
+    if tiles:
+        encoder.embed(tiles[:1])
+        started = time.monotonic()
+        encoder.embed([tile for tile in map(source.read, rows) if not isinstance(tile, Failure)])
+        rate = len(tiles) / (time.monotonic() - started)
+        lines.append(
+            f"about {format_seconds(n_rows / rate)} at {rate:.0f} tiles/s with one reading thread "
+            f"on {device.type}"
+        )
+    if len(tiles) < len(rows):
+        lines.append(f"{len(rows) - len(tiles)} of {len(rows)} tiles tried cannot be read")
+    return "\n".join(lines)
+
+
+def open_source(config: EmbedConfig) -> TileSource:
+    """The tiles that the config names.
+
+    Raises:
+        InputError: there are none, or they cannot be used.
+    """
+    if config.tiles is not None:
+        return SlideTileSource(config.tiles, config.selection, config.keep)
+    if config.images is not None:
+        return ImageSource(config.images, config.keep)
+    assert config.shards is not None
+    return ShardSource(config.shards)
+
+
+def stamp_for(config: EmbedConfig, encoder: Encoder, source: TileSource, dtype: torch.dtype) -> str:
+    """The stamp of the finished store."""
+    digest = stamp_of(encoder=encoder.digest, dtype=str(dtype), batch=config.batch_size)
+    return features_stamp(digest, source.digest)
+
+
+def _prepare_parts(out: Path, stamp: str, world: World) -> None:
+    """An empty folder of parts, or the one that an earlier call with this stamp began."""
+    parts = out / _PARTS
+    if world.leads and not is_done(parts / "stamp.json", stamp):
+        shutil.rmtree(parts, ignore_errors=True)
+        mark_done(parts / "stamp.json", stamp)
+    world.barrier()
+
+
+def _blocks(n_rows: int) -> list[range]:
+    size = min(max(SMALLEST_BLOCK, n_rows // MANY_BLOCKS), LARGEST_BLOCK)
+    return [range(first, min(first + size, n_rows)) for first in range(0, n_rows, size)]
+
+
+def _part(out: Path, block: range) -> Path:
+    return out / _PARTS / f"{block.start:012d}.safetensors"
+
+
+def _compute(config: EmbedConfig, source: TileSource, encoder: Encoder, world: World) -> None:
+    """The blocks of this rank: a run of them, so that it opens few slides of another's."""
+    blocks = _blocks(source.rows.num_rows)
+    bounds = [len(blocks) * rank // world.size for rank in (world.rank, world.rank + 1)]
+    mine = blocks[bounds[0] : bounds[1]]
+    todo = [block for block in mine if not _part(config.out, block).is_file()]
+    total, left = sum(map(len, mine)), sum(map(len, todo))
+    label = f"embed {encoder.name}" + (" on rank 0" if world.size > 1 else "")
+    with (
+        ThreadPoolExecutor(count_workers(config.threads)) as pool,
+        Meter(label, total, "tiles", done=total - left, shown=world.leads) as meter,
+    ):
+        for block in todo:
+            content = _block_content(block, config, source, encoder, pool, meter)
+            write_bytes(_part(config.out, block), content)
+
+
+def _block_content(
+    block: range,
+    config: EmbedConfig,
+    source: TileSource,
+    encoder: Encoder,
+    pool: ThreadPoolExecutor,
+    meter: Meter,
+) -> bytes:
+    """The part of one block: its features, which rows they are, and what failed."""
+
+    def prepare(row: int) -> Tensor | Failure:
+        tile = source.read(row)
+        return tile if isinstance(tile, Failure) else encoder.prepare(tile)
+
+    prepared = _ahead(pool, prepare, block, 2 * config.batch_size)
+    failed, rows = list[tuple[int, str, str]](), list[int]()
+    features = [np.zeros((0, encoder.dim), np.float32)]
+    batch: list[Tensor] = []
+    for row, found in zip(block, prepared, strict=True):
+        if isinstance(found, Failure):
+            failed.append((row, str(found.status), found.reason))
+        else:
+            rows.append(row)
+            batch.append(found)
+        if len(batch) == config.batch_size:
+            features.append(encoder.forward(batch))
+            batch = []
+        meter.advance(1)
+    if batch:
+        features.append(encoder.forward(batch))
+    half = as_half(np.concatenate(features), block.start)
+    return save(
+        {"features": half, "rows": np.array(rows, np.int64)}, {"failed": json.dumps(failed)}
+    )
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[int], R], rows: range, ahead: int
+) -> Iterator[R]:
+    """`function` of each row in their order, with so many rows begun before they are wanted."""
+    waiting: deque[Future[R]] = deque()
+    for row in rows:
+        waiting.append(pool.submit(function, row))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _join(config: EmbedConfig, source: TileSource, encoder: Encoder, stamp: str) -> None:
+    """Puts the parts together: rows of what was read, and a table of what was not."""
+    parts = [_part(config.out, block) for block in _blocks(source.rows.num_rows)]
+    kept = np.concatenate([load_file(path)["rows"] for path in parts])
+    if not len(kept):
+        raise InputError(f"none of {source.rows.num_rows} tiles can be read: {_first(parts)}")
+    ids = source.rows["tile_id"]
+    failed = [
+        {"tile_id": ids[row].as_py(), "source": source.where(row), "status": s, "reason": reason}
+        for path in parts
+        for row, s, reason in _failures(path)
+    ]
+    write_table(
+        pa.Table.from_pylist(failed, FEATURES_FAILED), config.out / FAILED_NAME, FEATURES_FAILED
+    )
+    join_features(
+        config.out,
+        rows=source.rows.take(pa.array(kept)),
+        dim=encoder.dim,
+        stamp=stamp,
+        parts=_features_of(parts),
+        meta={
+            "encoder": encoder.name,
+            "encoder_digest": encoder.digest,
+            "transform_digest": encoder.transform_digest,
+            "pooling": encoder.pooling,
+            "failed": len(failed),
+        },
+    )
+
+
+def _features_of(parts: list[Path]) -> Iterator[npt.NDArray[np.float16]]:
+    for path in parts:
+        yield load_file(path)["features"]
+
+
+def _failures(part: Path) -> list[tuple[int, str, str]]:
+    with part.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    failed: list[tuple[int, str, str]] = json.loads(header["__metadata__"]["failed"])
+    return failed
+
+
+def _first(parts: list[Path]) -> str:
+    return next((reason for part in parts for _, _, reason in _failures(part)), "no reason known")
+
+
+def _conclude(
+    config: EmbedConfig, source: TileSource, encoder: Encoder, started: float | None
+) -> None:
+    """The closing line, and the error where too many tiles failed."""
+    failed = read_table(config.out / FAILED_NAME, FEATURES_FAILED)
+    n_rows = source.rows.num_rows
+    when = (
+        "there already" if started is None else f"in {format_seconds(time.monotonic() - started)}"
+    )
+    print(
+        f"embed: {n_rows - failed.num_rows} tiles × {encoder.dim} features by {encoder.name}, "
+        f"{when}, {failed.num_rows} failed → {config.out}"
+    )
+    if failed.num_rows > config.max_failed * n_rows:
+        raise TooManyFailedError(
+            f"{failed.num_rows} of {n_rows} tiles could not be read, the first: "
+            f"{failed['source'][0].as_py()}: {failed['reason'][0].as_py()}; "
+            f"{config.out / FAILED_NAME} names them, all others are in the store; mend their files "
+            "and remove the store, or raise max_failed"
+        )
