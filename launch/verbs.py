@@ -90,6 +90,15 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         ranks=True,
     ),
+    "cluster": Verb(
+        "eosin.data_curation.cluster",
+        "ClusterConfig",
+        "cluster",
+        "features to clusters, clusters of clusters, and clusters inside slides",
+        "eosin cluster features=curated/features out=curated/clusters 'levels=[1000,100]'",
+        plan="plan",
+        ranks=True,
+    ),
     "curate": Verb(
         "eosin.data_curation.curate",
         "CurateConfig",
