@@ -214,6 +214,14 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         options=("json",),
     ),
+    "bench kmeans": Verb(
+        "eosin.launch.bench_kmeans",
+        "BenchKmeansConfig",
+        "bench_kmeans",
+        "k-means to the same inertia, against plain Lloyd with k-means++ and faiss",
+        "eosin bench kmeans --json kmeans.json",
+        options=("json",),
+    ),
     "bench layouts": Verb(
         "eosin.launch.bench_layouts",
         "BenchStepConfig",
