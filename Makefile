@@ -40,8 +40,9 @@ gpu: setup  ## on a GPU: its tests, then the benches of data path, layouts, and 
 	$(BIN)/eosin bench step --config bench/step_gpu --config size/large model.drop_path=0.3 shards=made-up --json runs/bench_large.json
 	$(BIN)/eosin bench layouts --config bench/step_gpu --config size/large model.drop_path=0.3 --json runs/bench_layouts.json
 
-scale: setup  ## an index of 100 million made-up records: time and memory to open it, time of the order
+scale: setup  ## 100 million made-up records and tiles: time and memory to open an index and order it, and to draw a sample
 	$(THREADS) $(BIN)/python tests/scale/index_100m.py
+	$(THREADS) $(BIN)/python tests/scale/sample_100m.py
 
 check: setup  ## format, lint, types
 	mkdir -p .cache && ln -sfn .. .cache/eosin

@@ -74,14 +74,15 @@ def select(tiles: pa.Table, config: SelectConfig) -> Selection:
     """Selects from a table as `manifest.TILES`: a pure function of the rows and the config."""
     status = np.array(tiles["status"].to_pylist(), object)
     readable = status == str(Status.OK)
-    broken = _broken(tiles, config)
+    broken = broken_rules(tiles, config)
     dropped = {str(s): int((status == s).sum()) for s in sorted(set(status[~readable]))}
     kept = readable.copy()
     for rule, mask in broken.items():
         dropped[rule] = int((kept & mask).sum())
         kept &= ~mask
     slides = np.array(tiles["slide_id"].to_pylist(), object)
-    alarms = _alarms(slides, readable, kept, broken, config.alarm_share)
+    names, code = np.unique(slides.astype(str), return_inverse=True)
+    alarms = alarm_lines(list(names), code, readable, kept, broken, config.alarm_share)
     chosen = _cap(tiles, slides, np.flatnonzero(kept), config)
     dropped["max_tiles_per_slide"] = int(kept.sum()) - len(chosen)
     table = tiles.take(pa.array(chosen, pa.int64()))
@@ -132,8 +133,12 @@ def write_selection(tiles_path: Path, selection_path: Path, config: SelectConfig
         raise EosinError(f"no tile of {tiles_path} passes the thresholds{lost}; relax select.*")
 
 
-def _broken(tiles: pa.Table, config: SelectConfig) -> dict[str, NDArray[np.bool_]]:
-    """By threshold, which tiles break it; a null figure breaks none."""
+JUDGED = ("tissue_fraction", "white_fraction", "dark_fraction", "pen_fraction", "sharpness")
+"""The columns of tiles that `broken_rules` reads."""
+
+
+def broken_rules(tiles: pa.Table, config: SelectConfig) -> dict[str, NDArray[np.bool_]]:
+    """By threshold, which tiles break it, bool [N]; a null figure breaks none."""
     rules = {
         "min_tissue": pc.less(tiles["tissue_fraction"], config.min_tissue),
         "max_white": pc.greater(tiles["white_fraction"], config.max_white),
@@ -144,15 +149,25 @@ def _broken(tiles: pa.Table, config: SelectConfig) -> dict[str, NDArray[np.bool_
     return {rule: pc.fill_null(mask, False).to_numpy() for rule, mask in rules.items()}
 
 
-def _alarms(
-    slides: NDArray[np.object_],
+def alarm_lines(
+    names: list[str],
+    code: NDArray[np.integer],
     readable: NDArray[np.bool_],
     kept: NDArray[np.bool_],
     broken: dict[str, NDArray[np.bool_]],
     share: float,
 ) -> list[str]:
-    """Lines on slides that lose much to one threshold of quality, or all their tiles to all."""
-    names, code = np.unique(slides.astype(str), return_inverse=True)
+    """Lines on slides that lose much to one threshold of quality, or all their tiles to all.
+
+    Args:
+        names: of the slides.
+        code: [N], each tile's slide, an index into `names`.
+        readable: [N], tiles that were read.
+        kept: [N], tiles that pass everything.
+        broken: see `broken_rules`.
+        share: see `SelectConfig.alarm_share`.
+    """
+    slides = np.array(names, np.str_)
     n_read = np.bincount(code, readable, len(names))
     n_kept = np.bincount(code, kept, len(names))
     alarms = []
@@ -160,8 +175,8 @@ def _alarms(
         if rule == "min_tissue":
             continue
         lost = np.bincount(code, mask & readable, len(names)) / np.maximum(n_read, 1)
-        alarms += _alarm(names[lost > share], f"lost over {share:.0%} of the tiles to {rule}")
-    return alarms + _alarm(names[(n_read > 0) & (n_kept == 0)], "kept no tile at all")
+        alarms += _alarm(slides[lost > share], f"lost over {share:.0%} of the tiles to {rule}")
+    return alarms + _alarm(slides[(n_read > 0) & (n_kept == 0)], "kept no tile at all")
 
 
 def _alarm(names: NDArray[np.str_], what: str) -> list[str]:

@@ -99,6 +99,15 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         ranks=True,
     ),
+    "sample": Verb(
+        "eosin.data_curation.sample",
+        "SampleConfig",
+        "sample",
+        "a balanced draw of tiles over strata and clusters, with caps, weights and a review",
+        "eosin sample --config sample/hierarchical tiles=curated clusters=curated/clusters "
+        "total=100000 out=curated/selection.parquet",
+        plan="plan",
+    ),
     "curate": Verb(
         "eosin.data_curation.curate",
         "CurateConfig",
