@@ -9,8 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eosin.configs.errors import EosinError, TooManyFailedError
+from eosin.data_curation.cluster import MARKER_NAME as CLUSTERS_MARKER
+from eosin.data_curation.cluster import ClusterConfig, ClusterOptions, cluster
 from eosin.data_curation.costs import charged, cost_lines, read_costs
-from eosin.data_curation.manifest import INDEX, SLIDES, TILES, open_table, read_table
+from eosin.data_curation.embed_tiles import META_NAME, EmbedConfig, EmbedOptions, embed
+from eosin.data_curation.manifest import (
+    FEATURE_ROWS,
+    INDEX,
+    SLIDES,
+    TILES,
+    open_table,
+    read_table,
+)
+from eosin.data_curation.sample import SampleConfig, sample
+from eosin.data_curation.sampling import SampleOptions
 from eosin.data_curation.selection import SelectConfig, write_selection
 from eosin.data_curation.shard_marker import INDEX_NAME, MARKER_NAME
 from eosin.data_curation.shards import ShardConfig, ShardOptions, shard
@@ -21,7 +33,11 @@ from eosin.data_curation.tiles import plan as plan_tiles
 
 @dataclass(frozen=True, kw_only=True)
 class CurateConfig:
-    """Slides to shards: tile, select, shard."""
+    """Slides to shards: tile, then, where an encoder is named, embed and cluster; select; shard.
+
+    With ``embed.encoder`` or anything of ``sample`` the selection is a balanced draw (`eosin
+    sample`); without both it is what passes the thresholds (`select`).
+    """
 
     slides: Path
     """A folder of slides, one slide, or a CSV table of slides (see `eosin tile --help`)."""
@@ -30,7 +46,15 @@ class CurateConfig:
     tile: TileOptions = field(default_factory=TileOptions)
     """How slides are cut."""
     select: SelectConfig = field(default_factory=SelectConfig)
-    """Which tiles are taken."""
+    """Which tiles may be taken."""
+    embed: EmbedOptions = field(default_factory=EmbedOptions)
+    """By what tiles become features, e.g. embed.encoder=builtin:stain-texture; none by default."""
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
+    """How features are clustered, where there are any."""
+    sample: SampleOptions = field(default_factory=SampleOptions)
+    """How tiles are drawn, e.g. 'sample.tree=[organ,level_1]' sample.total=100000."""
+    review: Path | None = None
+    """review.json of these clusters; see `eosin sample`."""
     shard: ShardOptions = field(default_factory=ShardOptions)
     """How they are packed."""
     only: Path | None = None
@@ -41,14 +65,54 @@ class CurateConfig:
         """The first stage's config."""
         return TileConfig(slides=self.slides, out=self.out, only=self.only, **self.tile.__dict__)
 
+    def __post_init__(self) -> None:
+        if self.embed.encoder:
+            return
+        levels = [name for name in self.sample.tree if name.startswith("level_")]
+        if levels or self.review is not None:
+            what = f"sample.tree names {levels[0]}" if levels else "review is given"
+            raise ValueError(
+                f"{what}, but there are no clusters: name an encoder, e.g. "
+                "embed.encoder=builtin:stain-texture"
+            )
+
     @property
     def selection(self) -> Path:
-        """The second stage's table."""
+        """The table of tiles for the shards."""
         return self.out / "selection.parquet"
 
     @property
+    def draws(self) -> bool:
+        """Whether the selection is a balanced draw."""
+        return bool(self.embed.encoder) or self.sample != SampleOptions()
+
+    @property
+    def embed_config(self) -> EmbedConfig:
+        """Of the features."""
+        return EmbedConfig(tiles=self.out, out=self.out / "features", **self.embed.__dict__)
+
+    @property
+    def cluster_config(self) -> ClusterConfig:
+        """Of the clusters."""
+        return ClusterConfig(
+            features=self.out / "features", out=self.out / "clusters", **self.cluster.__dict__
+        )
+
+    @property
+    def sample_config(self) -> SampleConfig:
+        """Of the draw."""
+        return SampleConfig(
+            tiles=self.out,
+            out=self.selection,
+            clusters=self.out / "clusters" if self.embed.encoder else None,
+            review=self.review,
+            select=self.select,
+            **self.sample.__dict__,
+        )
+
+    @property
     def shard_config(self) -> ShardConfig:
-        """The third stage's config."""
+        """Of the shards."""
         return ShardConfig(
             tiles=self.out,
             selection=self.selection,
@@ -58,7 +122,7 @@ class CurateConfig:
 
 
 def curate(config: CurateConfig) -> None:
-    """Tiles, selects and shards what is not done yet.
+    """Does every stage that is not done yet.
 
     Failed slides or tiles beyond `max_failed` do not stop it: the good ones go on to the shards,
     and the error comes at the end.
@@ -99,16 +163,29 @@ class _Stage:
 
 def _stages(config: CurateConfig) -> Iterator[_Stage]:
     """What is done, in this order."""
-    tiles = config.out / "tiles.parquet"
+    tiles, features = config.out / "tiles.parquet", config.out / "features" / "rows.parquet"
     yield _Stage(
         name="tile",
         run=lambda: tile(config.tile_config),
         marker=config.out / "tiles.json",
         count=lambda: sum(read_table(config.out / "slides.parquet", SLIDES)["n_ok"].to_pylist()),
     )
+    if config.embed.encoder:
+        yield _Stage(
+            name="embed",
+            run=lambda: embed(config.embed_config),
+            marker=config.out / "features" / META_NAME,
+            count=lambda: open_table(features, FEATURE_ROWS).metadata.num_rows,
+        )
+        yield _Stage(
+            name="cluster",
+            run=lambda: cluster(config.cluster_config),
+            marker=config.out / "clusters" / CLUSTERS_MARKER,
+            count=lambda: open_table(features, FEATURE_ROWS).metadata.num_rows,
+        )
     yield _Stage(
-        name="select",
-        run=lambda: write_selection(tiles, config.selection, config.select),
+        name="sample" if config.draws else "select",
+        run=lambda: _select(config),
         marker=config.selection.with_suffix(".json"),
         count=lambda: open_table(tiles, TILES).metadata.num_rows,
     )
@@ -120,6 +197,13 @@ def _stages(config: CurateConfig) -> Iterator[_Stage]:
     )
 
 
+def _select(config: CurateConfig) -> None:
+    if config.draws:
+        sample(config.sample_config)
+    else:
+        write_selection(config.out / "tiles.parquet", config.selection, config.select)
+
+
 def pieces(config: CurateConfig) -> dict[str, int]:
     """The slides that are not tiled yet, with the size of their files in bytes."""
     return list_pieces(config.tile_config)
@@ -127,8 +211,9 @@ def pieces(config: CurateConfig) -> dict[str, int]:
 
 def plan(config: CurateConfig) -> str:
     """What `curate` would do: how much there is to tile; the rest follows from what is found."""
+    then = f"embed by {config.embed.encoder} and cluster, then " if config.embed.encoder else ""
     return (
         f"{plan_tiles(config.tile_config)}\n"
-        f"then: select into {config.selection} and shard into {config.shard_config.out} "
+        f"then: {then}select into {config.selection} and shard into {config.shard_config.out} "
         "('eosin shard --dry-run' tells more once the tiles are there)"
     )

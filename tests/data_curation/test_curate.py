@@ -257,6 +257,35 @@ def test_a_killed_command_goes_on_to_the_same_bytes(slides: Path, seen: str) -> 
     assert contents(out) == whole
 
 
+def test_with_an_encoder_tiles_are_clustered_and_drawn_evenly(slides: Path) -> None:
+    out = slides.parent / "balanced"
+    command = ["curate", f"slides={slides}", f"out={out}", "tile.size_px=64", "tile.workers=1"]
+    command += ["embed.encoder=builtin:stain-texture", "cluster.levels=[6]", "shard.workers=1"]
+    command += ["sample.tree=[level_1]", "sample.total=24", "select.min_sharpness=0"]
+    assert main(command) == 0
+    selected = read_table(out / "selection.parquet", SELECTION).to_pylist()
+    index = open_index(out / "shards").to_pylist()
+    assert len(selected) == 24 == len(index)
+    cluster_of = {row["tile_id"]: row["cluster"] for row in selected}
+    assert {row["key"]: row["cluster"] for row in index} == cluster_of
+    sizes = [list(cluster_of.values()).count(name) for name in set(cluster_of.values())]
+    assert len(sizes) > 3 and max(sizes) < 12
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert main(command) == 0
+    assert changed(out, before) == set()
+    assert main([*command, "sample.seed=1"]) == 0
+    now = changed(out, before)
+    assert "selection.parquet" in now and not {"tiles.parquet", "features.npy"} & now
+
+
+def test_a_tree_of_clusters_needs_an_encoder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["curate", "slides=nowhere", f"out={tmp_path}", "sample.tree=[level_1]"]
+    assert main(command) == 2
+    assert "embed.encoder=builtin:stain-texture" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_there_is_to_tile(tmp_path: Path, slides: Path) -> None:
     said = plan(config_of(slides, tmp_path / "new"))
     assert "2 slides" in said and "selection.parquet" in said
