@@ -59,8 +59,7 @@ class ClusterOptions:
     closest: int = 0
     """Centroids taken of each cluster at a resampling; 0: half of the mean cluster's."""
     within_slide: int = 0
-    """Clusters inside each slide beside the others, fewer where a slide is small (0: none), as
-    DeepCluster++ makes them."""
+    """Clusters inside each slide beside the others, fewer where a slide is small; 0: none."""
     seed: int = 0
     """Of all draws."""
     device: DeviceName = "auto"
@@ -275,8 +274,7 @@ def _within_slides(
 ) -> dict[str, NDArray[Any]]:
     """Clusters of each slide alone: this rank's rows of ``slide_cluster`` and ``slide_distance``.
 
-    Slides are fitted by the rank that holds their first row, so one that two ranks hold is fitted
-    by one and handed over through the columns of all rows.
+    A slide whose rows lie in the shares of two ranks is fitted by both, with the same result.
     """
     if store.offsets is None:
         raise InputError(
@@ -287,7 +285,7 @@ def _within_slides(
     bags = list(itertools.pairwise(store.offsets.tolist()))
     touched = [bag for bag in bags if bag[0] < mine.stop and bag[1] > mine.start]
     with Meter("cluster slides", len(touched), "slides", shown=world.leads) as meter:
-        for start, stop in touched:  # a slide on the border is fitted by both, with one result
+        for start, stop in touched:
             rows = store.features[start:stop]
             k = min(config.within_slide, stop - start)
             found = fit(rows, k, config.settings, world=World(), device=device, unit=config.cosine)

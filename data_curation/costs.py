@@ -40,7 +40,7 @@ class StageCost:
 
 
 def read_costs(folder: Path) -> dict[str, StageCost]:
-    """The costs that `folder` tells of by stage, in the order of the work; {} without the file.
+    """The costs that `folder` tells of by stage; {} without the file.
 
     Raises:
         InputError: the file is not what `charged` writes.

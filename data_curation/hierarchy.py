@@ -1,7 +1,7 @@
 """Levels of clusters: k-means on the centroids of the level below, with resampling.
 
 Clustering centroids, each counting once, flattens the density of the tiles: the frequent kind of
-tissue has many fine clusters and few coarse ones (Vo et al. 2024, arXiv 2405.15613, sec. 3). Each
+tissue has many fine clusters and few coarse ones (Vo et al. 2024, arXiv 2405.15613). Each
 resampling takes the rows closest to every centroid, fits k-means to those alone, and assigns all
 rows to the result; after the first fit there are `resamples` of them.
 """

@@ -3,7 +3,7 @@
 It does not depend on how many processes share the rows, how many threads multiply, in what chunks
 rows are read, or on which device. Two things see to that. Labels are those of exact arithmetic: a
 float32 product finds the two nearest centroids, and where their distances differ by less than its
-rounding could (Higham, Accuracy and Stability, 2nd ed., eq. 3.5) the row is decided in float64, the
+rounding could (Higham, Accuracy and Stability, 2nd ed., ch. 3) the row is decided in float64, the
 lowest index among equals. Sums are of integers: rows are rounded to multiples of a power of two, so
 that addition has no order, a moved row can be taken out of its old sum exactly, and ranks are
 joined by a plain all-reduce.

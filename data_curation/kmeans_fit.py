@@ -55,7 +55,7 @@ class Fitted:
     labels: Tensor
     """int32 [N of this rank]."""
     inertia: float
-    """Mean squared distance to the centroids of the rows that they were fitted on."""
+    """Mean squared distance of the rows that were fitted on to the means of their clusters."""
     iterations: int
     repaired: int
     seconds: dict[str, float]

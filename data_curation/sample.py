@@ -40,10 +40,10 @@ class SampleConfig(SampleOptions):
     clusters: Path | None = None
     """Folder of clusters.parquet, of `eosin cluster`; the tree may then name level_1 and on."""
     duplicates: Path | None = None
-    """duplicates.parquet, of `eosin dedupe`: its tiles are left out."""
+    """A table in the form of `manifest.DUPLICATES`: its tiles are left out."""
     review: Path | None = None
-    """review.json, as the page of `eosin review` saves it: clusters that were rejected are left
-    out, merged ones count as one, and weights hold in the tree's column of their level."""
+    """review.json, in the form of `review_file`: clusters that were rejected are left out, merged
+    ones count as one, and weights hold in the tree's column of their level."""
     select: SelectConfig = field(default_factory=SelectConfig)
     """Thresholds on the tiles' figures, before everything else."""
 

@@ -3,7 +3,7 @@
 Good enough to cluster tissue before there is an encoder, and to find near duplicates. It is made of
 pixel rules alone, so it is the same on every machine. Flips and quarter turns change it in the last
 bits only: moments, magnitudes of gradients and Laplacians, rotation-invariant uniform local binary
-patterns (riu2: Ojala, Pietikäinen, Mäenpää, TPAMI 2002, eq. 9) and eigenvalues of structure tensors
+patterns (riu2: Ojala, Pietikäinen, Mäenpää, TPAMI 2002) and eigenvalues of structure tensors
 have no preferred direction.
 """
 

@@ -1,7 +1,7 @@
 """Sharing a budget out evenly: water poured into vessels of unequal size, down a tree.
 
 At each node every child gets min(x w_j, a_j), w_j its weight, a_j what it holds, with one level x
-for all so that the sum is the budget (Vo et al. 2024, arXiv 2405.15613, sec. 3.3, there with equal
+for all so that the sum is the budget (Vo et al. 2024, arXiv 2405.15613, there with equal
 weights): small children give all they have and the others share the rest. Shapes: J children.
 """
 

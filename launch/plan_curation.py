@@ -74,7 +74,7 @@ class PlanCurateConfig:
     """Features of a tile, 2 bytes each."""
     encoder_gflops: float = 123
     """Of one tile through the encoder (ViT-L/16 at 224 px: 123; ViT-S: 9); 0: no encoder, as with
-    ``builtin:stain_texture``, whose time is that of reading."""
+    ``builtin:stain-texture``, whose time is that of reading."""
     levels: list[int] = field(default_factory=lambda: [100_000, 10_000, 1_000, 100])
     """Clusters of each level, the finest first."""
     iterations: int = 25
@@ -115,7 +115,7 @@ class PlanCurateConfig:
         if any(k < 1 for k in self.levels) or sorted(self.levels, reverse=True) != self.levels:
             raise ValueError(f"levels={self.levels} must fall from the finest to the coarsest")
         if self.encoder_gflops and not self.gpus:
-            raise ValueError("gpus=0 goes with encoder_gflops=0 (builtin:stain_texture) alone")
+            raise ValueError("gpus=0 goes with encoder_gflops=0 (builtin:stain-texture) alone")
 
     @property
     def card(self) -> Card:
