@@ -24,7 +24,7 @@ from eosin.data_curation.selection import JUDGED, SelectConfig, alarm_lines, bro
 from eosin.data_curation.tile_columns import MISSING, Codes, TileColumns
 from eosin.launch.artefacts import file_digest, is_done, mark_done, read_json, stamp_of
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same tables and options give another selection."""
 _MANY = 5000  # values of a column that are too many to be named in selection.json
 
@@ -154,7 +154,7 @@ def _draw(config: SampleConfig, marker: Path, stamp: str) -> None:
         n_tiles=columns.n_rows,
         n_selected=len(drawn.rows),
         dropped=dropped | drawn.dropped,
-        alarms=alarms,
+        alarms=alarms + drawn.unmet,
         balance=_balance(columns, before, drawn.rows, config.tree, given),
     )
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from eosin.configs.errors import ConfigError, EosinError
 from eosin.data_curation.tile_columns import Codes, TileColumns
-from eosin.data_curation.water_filling import TreeLevel, fill_tree
+from eosin.data_curation.water_filling import TreeLevel, carry_up, fill_tree
 
 LeafOrder: TypeAlias = Literal["random", "closest", "farthest"]
 NO_CAP = 1 << 60
@@ -113,6 +113,8 @@ class Drawn:
     """The values of each leaf's tree columns, joined by ``/``."""
     dropped: dict[str, int]
     """Tiles lost to each step of the draw, in its order."""
+    unmet: list[str]
+    """A line for each column of the tree some of whose values got less than their floor."""
 
 
 def draw_sample(
@@ -139,13 +141,14 @@ def draw_sample(
     def codes(name: str) -> Codes:
         return given[name] if name in given else columns.codes(name)
 
+    tickets = columns.tickets(options.seed)
     for rule in options.quantiles:
         inside = codes(rule.within).codes if rule.within else None
-        _cut(kept, ~_between(columns.numbers(rule.column), inside, kept, rule), dropped,
-             f"quantiles of {rule.column}")  # fmt: skip
+        outside = ~_between(columns.numbers(rule.column), inside, kept, rule, tickets)
+        _cut(kept, outside, dropped, f"quantiles of {rule.column}")
     for bins in options.bins:
-        given[bins.name] = _binned(columns, kept, bins, [codes(name) for name in bins.within])
-    tickets = columns.tickets(options.seed)
+        within = [codes(name) for name in bins.within]
+        given[bins.name] = _binned(columns, kept, bins, within, tickets)
     for name, cap in options.caps.items():
         if name not in options.tree:
             over = ~first_of_each(codes(name).codes, tickets, kept, cap)
@@ -155,13 +158,34 @@ def draw_sample(
         raise EosinError("no tile is left to draw from; relax filters and caps")
     leaf, levels, sizes, paths = _make_tree(rows, codes, options)
     budget = min(options.total or len(rows), len(rows))
-    takes = fill_tree(budget, levels, sizes, options.seed)[-1] if levels else np.array([budget])
+    given_out = fill_tree(budget, levels, sizes, options.seed) or [np.array([budget])]
+    takes = given_out[-1]
     order = tickets[rows]
     if options.leaf != "random":
         order = _by_distance(columns.numbers("distance")[rows], options.leaf, order)
     chosen = _smallest(leaf, order, takes)
     dropped["the draw"] = len(rows) - int(chosen.sum())
-    return Drawn(rows=rows[chosen], node=leaf[chosen], paths=paths, dropped=dropped)
+    unmet = _unmet(levels, given_out, sizes, options) if options.floors else []
+    return Drawn(rows=rows[chosen], node=leaf[chosen], paths=paths, dropped=dropped, unmet=unmet)
+
+
+def _unmet(
+    levels: list[TreeLevel],
+    given: list[NDArray[np.int64]],
+    sizes: NDArray[np.int64],
+    options: SampleOptions,
+) -> list[str]:
+    """Lines on floors that the total is too small for."""
+    capacities, _ = carry_up(levels, sizes)
+    lines = []
+    for name, level, got, most in zip(options.tree, levels, given, capacities, strict=True):
+        short = int((got < np.minimum(level.floors, most)).sum())
+        if short:
+            lines.append(
+                f"{short} of {len(got)} values of '{name}' got less than floors.{name}="
+                f"{options.floors.get(name, 0)}, though they have it: total is too small"
+            )
+    return lines
 
 
 def first_of_each(
@@ -193,19 +217,22 @@ def _between(
     inside: NDArray[np.int32] | None,
     kept: NDArray[np.bool_],
     rule: QuantileRule,
+    tickets: NDArray[np.uint64],
 ) -> NDArray[np.bool_]:
     """Rows whose rank among the kept ones of their group lies in the rule's share; NaN does too."""
     rows = np.flatnonzero(kept & ~np.isnan(values))
     group = np.zeros(len(rows), np.int32) if inside is None else inside[rows]
-    share = _ranks(group, values[rows])
+    share = _ranks(group, values[rows], tickets[rows])
     allowed = np.ones(len(values), np.bool_)
     allowed[rows] = (share >= rule.low) & ((share < rule.high) | (rule.high == 1))
     return allowed
 
 
-def _ranks(group: NDArray[np.int32], values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Place of each value in its group in rising order (equal ones by row), over its size."""
-    order = np.lexsort((values, group))
+def _ranks(
+    group: NDArray[np.int32], values: NDArray[np.float32], tickets: NDArray[np.uint64]
+) -> NDArray[np.float64]:
+    """Place of each value in its group in rising order (equal ones by ticket), over its size."""
+    order = np.lexsort((tickets, values, group))
     ordered = group[order]
     first = np.searchsorted(ordered, ordered, "left")
     size = np.searchsorted(ordered, ordered, "right") - first
@@ -215,7 +242,11 @@ def _ranks(group: NDArray[np.int32], values: NDArray[np.float32]) -> NDArray[np.
 
 
 def _binned(
-    columns: TileColumns, kept: NDArray[np.bool_], rule: BinRule, within: list[Codes]
+    columns: TileColumns,
+    kept: NDArray[np.bool_],
+    rule: BinRule,
+    within: list[Codes],
+    tickets: NDArray[np.uint64],
 ) -> Codes:
     """Equal-frequency bins 0 … count - 1 of the kept rows; rows without a figure are in bin 0."""
     values = columns.numbers(rule.column)
@@ -224,7 +255,7 @@ def _binned(
     for column in within:
         group = group * len(column.values) + column.codes[rows]
     group = np.unique(group, return_inverse=True)[1]
-    share = _ranks(group.astype(np.int32), values[rows])
+    share = _ranks(group.astype(np.int32), values[rows], tickets[rows])
     bins = np.zeros(columns.n_rows, np.int32)
     bins[rows] = np.minimum((share * rule.count).astype(np.int32), rule.count - 1)
     return Codes(bins, [str(number) for number in range(rule.count)])
@@ -304,7 +335,8 @@ def _by_distance(
     distance: NDArray[np.float32], leaf: LeafOrder, tickets: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
     """Orders by distance, and by ticket among equal ones; tiles without a distance come last."""
-    filled = np.where(np.isnan(distance), np.float32(np.inf), distance).astype(np.float32)
+    filled = np.where(np.isnan(distance), np.float32(np.inf), np.abs(distance))  # no -0
+    filled = filled.astype(np.float32)
     bits = filled.view(np.uint32).astype(np.uint64)
     if leaf == "farthest":
         bits = np.where(np.isnan(distance), np.uint64(0xFFFFFFFF), np.uint64(0x7FFFFFFF) - bits)

@@ -100,7 +100,7 @@ def fill_tree(
         leaves: int64 [J of the last level], what each leaf holds.
         seed: decides with a node's place who gets what cannot be divided.
     """
-    capacities, floors = _carry_up(levels, leaves)
+    capacities, floors = carry_up(levels, leaves)
     budgets = [np.array([total], np.int64)]
     for depth, level in enumerate(levels):
         given = np.zeros(len(level.parents), np.int64)
@@ -120,10 +120,18 @@ def fill_tree(
     return budgets[1:]
 
 
-def _carry_up(
+def carry_up(
     levels: Sequence[TreeLevel], leaves: NDArray[np.int64]
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Capacities and floors of every node: its own, and what its children can and must give."""
+    """Capacities and floors of every node: its own, and what its children can and must give.
+
+    Args:
+        levels: see `fill_tree`.
+        leaves: likewise.
+
+    Returns:
+        int64 [J] each, level by level.
+    """
     held, least = leaves.astype(np.int64), np.zeros(len(leaves), np.int64)
     capacities: list[NDArray[np.int64]] = []
     floors: list[NDArray[np.int64]] = []

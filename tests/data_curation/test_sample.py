@@ -18,6 +18,7 @@ from eosin.configs.load import load_config
 from eosin.data_curation.manifest import DUPLICATES, SELECTION, TILES, read_table, write_table
 from eosin.data_curation.review_file import Review, Verdict, write_review
 from eosin.data_curation.sample import SampleConfig, sample
+from eosin.data_curation.sampling import QuantileRule
 from eosin.data_curation.tile_columns import TileColumns
 from eosin.data_curation.water_filling import fill
 from eosin.launch.cli import main
@@ -106,6 +107,29 @@ def test_weights_floors_and_caps(curated: Path) -> None:
         drawn(curated, "tree=[slide_id]", "floors={slide_id: 30}", total=155), "slide_id"
     )
     assert found["p4-a"] == 30 and min(found.values()) >= 30 and sum(found.values()) == 155
+
+
+def test_a_floor_that_the_total_cannot_meet_is_said(
+    curated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = counts(drawn(curated, "tree=[slide_id]", "floors={slide_id: 30}", total=50), "slide_id")
+    assert sum(found.values()) == 50 and max(found.values()) <= 30
+    assert "5 of 5 values of 'slide_id' got less than floors.slide_id=30" in capsys.readouterr().err
+
+
+def test_equal_figures_are_ranked_by_ticket_and_not_by_place(tmp_path: Path) -> None:
+    write_tables(tmp_path, {"a": 1000}, tile_columns={"nuclei_fraction": np.zeros(1000)})
+    rule = {"column": "nuclei_fraction", "low": 0.8}
+    options = {
+        "tiles": tmp_path,
+        "out": tmp_path / "s.parquet",
+        "quantiles": [QuantileRule(**rule)],
+    }  # type: ignore[arg-type]
+    sample(SampleConfig(**options))  # type: ignore[arg-type]
+    ids = read_table(tmp_path / "tiles.parquet", TILES)["tile_id"].to_pylist()
+    chosen = read_table(tmp_path / "s.parquet", SELECTION)["tile_id"].to_pylist()
+    places = [ids.index(name) for name in chosen]
+    assert len(places) == 200 and 350 < np.mean(places) < 650
 
 
 def test_a_cap_outside_the_tree_keeps_the_smallest_tickets(curated: Path) -> None:
@@ -199,6 +223,9 @@ def test_presets_do_what_their_papers_say(curated: Path) -> None:
     groups = spread("rudolfv", "slide_id", total=400, **clusters)
     assert sum(n for s, n in groups.items() if s.endswith("b")) == 200
     assert spread("pluto", "slide_id", total=100) == dict.fromkeys(SLIDES, 20)
+    strata = spread("starc9", "stratum", total=1000, **clusters)
+    inside = [n for path, n in strata.items() if path.startswith("p3-a/0/")]
+    assert len(inside) == 5 and max(inside) - min(inside) <= 1  # the preset's own distance bins
     bins = spread("starc9", "slide_id", "slide_cluster", total=400, **clusters)
     inside = [n for (slide, _), n in bins.items() if slide == "p3-a"]
     assert max(inside) - min(inside) <= 1
@@ -243,7 +270,6 @@ def test_thresholds_duplicates_and_their_counts(curated: Path) -> None:
     assert len(table) == len(ids) - 10
     done = json.loads((curated / "selection.json").read_text())
     assert done["dropped"]["duplicates"] == 10
-    drawn(curated, "select.min_tissue=1.0", "caps={slide_id: 5}")
     with pytest.raises(InputError, match="run dedupe again"):
         write_tables(curated, {"p1-b": 5})
         drawn(curated, duplicates=curated / "duplicates.parquet")
