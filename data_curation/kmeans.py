@@ -303,7 +303,7 @@ def _assign(points: Points, centroids: Tensor, assignment: Assignment, sums: _Su
         if bool(known.all()):
             own = centroids[labels[maybe].long()]
             exact = (block[maybe] - own).square_().sum(1).sqrt_()
-            upper[maybe] = exact * (1 + points.dim * ROUNDING)
+            upper[maybe] = exact * (1 + (points.dim + 8) * ROUNDING)  # of each sum, and of the rest
             maybe = maybe[upper[maybe] >= lower[maybe]]
             if not len(maybe):
                 continue

@@ -1,8 +1,8 @@
 """`eosin plan curate`: what a curation will take, by stage, before anything runs.
 
-Time is work over rates. The rates are this project's measurements on one core (`eosin bench tile`),
-or those of a pilot: a small set that `eosin curate` made of the same kind of slides, whose
-``costs.json`` and tables say what a slide holds and what a tile cost.
+Time is work over rates. Give a pilot: a small set that `eosin curate` made of the same kind of
+slides, whose ``costs.json`` and tables say what a slide holds and what a tile cost. Without one the
+rates are those of a single slide on one machine (`DEFAULTS`), which is a guess for any other.
 """
 
 import json
@@ -20,20 +20,22 @@ from eosin.data_curation.manifest import SLIDES, TILES, open_table, read_table
 from eosin.launch.artefacts import write_text
 from eosin.launch.cards import Card, card_called
 
-ROW_BYTES = {"tiles": 80.0, "clusters": 24.0, "selection": 24.0}
-"""Of a row in the Parquet tables, as they are written."""
+ROW_BYTES = {"tiles": 21.0, "clusters": 24.0, "selection": 24.0}
+"""Of a row in the Parquet tables: of tiles as `make scale` writes them, the others assumed."""
 START_CANDIDATES = 2.0
-"""Passes of k-means|| over the points, in units of one assignment to all k centres."""
+"""The start, in units of one assignment of the fitted points to all k centres; assumed."""
 SAMPLE_RATE = 1.0e6
 """Tiles/s that a core draws from, all strata and caps included (`make scale`)."""
 DEFAULTS = {
     "tissue_mm2": 120.0,
-    "tile_rate": 380.0,
-    "read_rate": 700.0,
-    "shard_rate": 420.0,
-    "tile_kb": 25.0,
+    "tile_rate": 217.0,
+    "read_rate": 273.0,
+    "shard_rate": 452.0,
+    "tile_kb": 39.0,
 }
-"""For keys that are 0 where there is no pilot; rates of one core of a 2.x GHz server with AVX2."""
+"""For keys that are 0 where there is no pilot. The area is assumed. The others were measured once,
+on one core, by `eosin curate` with ``builtin:stain-texture`` (whose time is in read_rate) on eight
+copies of an H&E slide in JPEG tiles, read at its own scale: 1,296 tiles of 256 px."""
 _NOT_NEGATIVE = (
     "total",
     "encoder_gflops",
@@ -55,7 +57,7 @@ class PlanCurateConfig:
     """A pilot: folder of a finished `eosin curate` on slides of the same kind. What it measured
     (tiles a slide, cost and size of a tile) stands for the keys below that are 0."""
     tissue_mm2: float = 0
-    """Tissue on a slide, mm²; 0: the pilot's, or 120."""
+    """Tissue on a slide, mm²; 0: the pilot's, or 120 (assumed)."""
     mpp: float = 0.5
     """µm per tile pixel."""
     size_px: int = 256
@@ -63,13 +65,13 @@ class PlanCurateConfig:
     total: int = 0
     """Tiles that are drawn for the shards; 0: all."""
     tile_rate: float = 0
-    """Tiles/s that a core reads and measures; 0: the pilot's, or 380."""
+    """Tiles/s that a core reads and measures; 0: the pilot's, or 217."""
     read_rate: float = 0
-    """Tiles/s that a core reads again to embed them; 0: the pilot's, or 700."""
+    """Tiles/s that a core reads again to embed them; 0: the pilot's, or 273."""
     shard_rate: float = 0
-    """Tiles/s that a core reads, encodes and packs; 0: the pilot's, or 420."""
+    """Tiles/s that a core reads, encodes and packs; 0: the pilot's, or 452."""
     tile_kb: float = 0
-    """Bytes of an encoded tile in thousands; 0: the pilot's, or 25."""
+    """Bytes of an encoded tile in thousands; 0: the pilot's, or 39."""
     dim: int = 1024
     """Features of a tile, 2 bytes each."""
     encoder_gflops: float = 123
@@ -82,7 +84,7 @@ class PlanCurateConfig:
     points_per_centroid: int = 256
     """On which the finest level is fitted; all tiles are assigned once at the end. 0: all."""
     gpus: int = 8
-    """For features, clusters and duplicates."""
+    """For features and clusters."""
     gpu: str = "H100"
     """As in `launch.cards`."""
     mfu: float = 0.35
@@ -268,12 +270,6 @@ def _stages(config: PlanCurateConfig, tiles: float, drawn: float) -> Iterator[St
         written_tb=tiles * ROW_BYTES["clusters"] / 1e12,
     )
     yield Stage(
-        "dedupe",
-        tiles,
-        **hours(tiles * tiles / config.levels[0] * config.dim),  # each pair of a cluster once
-        read_tb=features_tb,
-    )
-    yield Stage(
         "sample",
         tiles,
         core_hours=tiles / SAMPLE_RATE / 3600,
@@ -337,7 +333,7 @@ def report(config: PlanCurateConfig, p: CuratePlan) -> Iterator[str]:
         f"GPU-hours at {config.price:g}: {p.cost:,.0f}, {p.cost_per_million:,.2f} a million tiles "
         f"in the shards; {p.hours / 24:,.1f} days with the stages in turn; {p.stored_tb:,.2f} TB"
     )
-    source = f"the pilot {config.like}" if config.like else "this project's benches"
+    source = f"the pilot {config.like}" if config.like else "one slide on one machine, a guess"
     yield (
         f"a core: {config.tile_rate:,.0f} tiles/s tiled, {config.read_rate:,.0f} read to embed, "
         f"{config.shard_rate:,.0f} packed, {config.tile_kb:.1f} kB each; by {source} and what was "

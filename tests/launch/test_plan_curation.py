@@ -102,7 +102,7 @@ def test_the_command_prints_and_writes_it(
     file = tmp_path / "plan.json"
     assert main(["plan", "curate", "slides=2000", "total=1000000", "--json", str(file)]) == 0
     said = capsys.readouterr().out
-    for stage in ("tile", "embed", "cluster", "dedupe", "sample", "shard"):
+    for stage in ("tile", "embed", "cluster", "sample", "shard"):
         assert f"\n{stage} " in said
     assert json.loads(file.read_text())["drawn"] == 1_000_000
 
