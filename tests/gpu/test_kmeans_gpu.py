@@ -8,7 +8,10 @@ from eosin.data_curation.kmeans import nearest
 from eosin.data_curation.kmeans_fit import FitSettings, fit
 from eosin.launch.process import World
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+]
 
 
 def test_labels_and_centroids_are_those_of_the_cpu_from_the_same_start() -> None:
