@@ -21,7 +21,7 @@ from eosin.data_curation.shard_marker import PARTS_NAME, read_sidecar
 from eosin.data_curation.slide_tiles import SlideUse, read_slide_tiles, slide_uses
 from eosin.launch.artefacts import file_digest, is_done, mark_done, replacing, stamp_of
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same input gives other bytes than before; shards are then remade."""
 
 SLIDE_SUFFIX = "slide"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eosin.configs.errors import EosinError
+from eosin.data_curation.area_mean import area_mean
 from eosin.data_curation.manifest import Status
 from eosin.data_curation.slide_metadata import (
     Level,
@@ -47,11 +48,10 @@ SLIDE_SUFFIXES = frozenset(
 
 MPP_TOLERANCE = 1e-3
 """A level this much (relative) coarser than the request still serves it."""
-_LANCZOS_SUPPORT_PX = 3
-_REDUCING_GAP = 4
-"""Above this many source pixels a target pixel, whole pixels are averaged before Lanczos."""
-_STRIP_PX = 1 << 24
+_STRIP_PX = 1 << 22
 """Source pixels held at once when a region is large."""
+_FINER = 2.9
+"""Pixels of a level across one of a tile from which parts of pixels no longer matter."""
 _WHOLE_PX = 1e-6
 """A rectangle this close to whole level pixels is read as it is."""
 _HOLE_ALPHA = 64
@@ -125,6 +125,24 @@ class Slide:
         serving = [lv for lv in self.levels if self._level_mpp(lv) <= mpp * (1 + MPP_TOLERANCE)]
         return max(serving, key=self._level_mpp)
 
+    def _tile_level(self, mpp: float) -> Level:
+        """The level that a tile is averaged from: coarse for speed, yet as good as level 0.
+
+        A mean over parts of coarse pixels is not that over what they were made of. So a level
+        serves that is as fine as the tile, or whole times finer, or `_FINER` times; else a finer.
+        """
+        coarsest = self.level_for(mpp)
+        finer = sorted(
+            (lv for lv in self.levels if self._level_mpp(lv) <= self._level_mpp(coarsest)),
+            key=self._level_mpp,
+            reverse=True,
+        )
+        for level in finer:
+            factors = [mpp / (m * d) for m, d in zip(self.mpp, level.downsample, strict=True)]
+            if all(f >= _FINER or abs(f - round(f)) <= MPP_TOLERANCE * f for f in factors):
+                return level
+        return finer[-1]
+
     def read_tile(
         self, level0_x: float, level0_y: float, size_px: int, mpp: float
     ) -> NDArray[np.uint8]:
@@ -132,13 +150,13 @@ class Slide:
 
         Returns:
             RGB uint8 [size_px, size_px, 3]; level pixels untouched where they coincide with the
-            tile's, else resampled once with an antialiasing Lanczos filter.
+            tile's, else the mean of the level over each pixel's exact area (`area_mean`).
 
         Raises:
             RegionError: not decodable, outside the slide, or touching an area never scanned.
             SlideError: `mpp` is finer than the scan.
         """
-        level = self.level_for(mpp)
+        level = self._tile_level(mpp)
         width, height = (size_px * mpp / axis for axis in self.mpp)
         box = (level0_x, level0_y, level0_x + width, level0_y + height)
         left, top, right, bottom = self._bounds_box()
@@ -150,7 +168,7 @@ class Slide:
             or box[3] > bottom + slack
         ):
             raise RegionError("the tile reaches beyond the slide")
-        return np.asarray(self._resample(level, box, (size_px, size_px), holes_are_white=False))
+        return self._resample(level, box, (size_px, size_px), holes_are_white=False)
 
     def overview(self, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The whole scanned area (`bounds_px`) at about `mpp` µm/px, read in bounded memory.
@@ -187,7 +205,7 @@ class Slide:
                 else:
                     blocks += _quarters(x0, y0, x1, y1)
                 continue
-            rgb[y0:y1, x0:x1] = np.asarray(block)
+            rgb[y0:y1, x0:x1] = block
         return rgb, readable
 
     def _level_mpp(self, level: Level) -> float:
@@ -199,37 +217,42 @@ class Slide:
 
     def _resample(
         self, level: Level, box0: Box, size: tuple[int, int], *, holes_are_white: bool
-    ) -> Image.Image:
-        """The level-0 rectangle `box0` as an RGB image of `size`, read from `level`."""
+    ) -> NDArray[np.uint8]:
+        """The level-0 rectangle `box0` as RGB of `size`, averaged over the pixels of `level`."""
         dx, dy = level.downsample
         box = (box0[0] / dx, box0[1] / dy, box0[2] / dx, box0[3] / dy)
         x, y = round(box[0]), round(box[1])
         whole = (x, y, x + size[0], y + size[1])
         if max(abs(a - b) for a, b in zip(box, whole, strict=True)) < _WHOLE_PX:
             return self._read(level, x, y, *size, holes_are_white)
-        scale = ((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
-        reach = [math.ceil(_LANCZOS_SUPPORT_PX * max(s, 1.0)) + 1 for s in scale]
-        edge = self._bounds_box()
-        x0 = max(math.floor(box[0]) - reach[0], math.floor(edge[0] / dx))
-        y0 = max(math.floor(box[1]) - reach[1], math.floor(edge[1] / dy))
-        x1 = min(math.ceil(box[2]) + reach[0], math.ceil(edge[2] / dx), level.size_px[0])
-        y1 = min(math.ceil(box[3]) + reach[1], math.ceil(edge[3] / dy), level.size_px[1])
-        factor = (max(1, int(scale[0] / _REDUCING_GAP)), max(1, int(scale[1] / _REDUCING_GAP)))
-        canvas = Image.new("RGB", (-(-(x1 - x0) // factor[0]), -(-(y1 - y0) // factor[1])))
-        rows = max(1, _STRIP_PX // (x1 - x0) // factor[1]) * factor[1]
-        for top in range(y0, y1, rows):
-            strip = self._read(level, x0, top, x1 - x0, min(rows, y1 - top), holes_are_white)
-            canvas.paste(strip.reduce(factor), (0, (top - y0) // factor[1]))
-        # Where the pixels really start: see `_location`.
-        start = [_location(v, level) / level.openslide_downsample for v in (x0, y0)]
-        left, right = _inside(box[0] - start[0], box[2] - start[0], x1 - x0, factor[0])
-        upper, lower = _inside(box[1] - start[1], box[3] - start[1], y1 - y0, factor[1])
-        region = (left, upper, right, lower)
-        return canvas.resize(size, Image.Resampling.LANCZOS, box=region)
+        step = ((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
+        x0, x1 = self._span(level, 0, box[0], box[2])
+        start = _location(x0, level) / level.openslide_downsample  # where the pixels really begin
+        offsets = np.arange(size[0] + 1, dtype=np.float64)
+        x_edges = _inside(box[0] + step[0] * offsets - start, x1 - x0)
+        rows = max(1, int(_STRIP_PX / (x1 - x0) / step[1]))
+        parts = []
+        for first in range(0, size[1], rows):
+            last = min(first + rows, size[1])
+            y_edges = box[1] + step[1] * np.arange(first, last + 1, dtype=np.float64)
+            y0, y1 = self._span(level, 1, y_edges[0], y_edges[-1])
+            strip = self._read(level, x0, y0, x1 - x0, y1 - y0, holes_are_white)
+            start = _location(y0, level) / level.openslide_downsample
+            parts.append(area_mean(strip, x_edges, _inside(y_edges - start, y1 - y0)))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _span(self, level: Level, axis: int, low: float, high: float) -> tuple[int, int]:
+        """The level pixels to read for [low, high): one more where locations are not exact."""
+        first, end = math.floor(low + _WHOLE_PX), math.ceil(high - _WHOLE_PX)
+        if level.openslide_downsample % 1:
+            first, end = first - 1, end + 1
+        edge, downsample = self._bounds_box(), level.downsample[axis]
+        last = min(math.ceil(edge[axis + 2] / downsample), level.size_px[axis])
+        return max(first, math.floor(edge[axis] / downsample)), min(end, last)
 
     def _read(
         self, level: Level, x: int, y: int, width: int, height: int, holes_are_white: bool
-    ) -> Image.Image:
+    ) -> NDArray[np.uint8]:
         """Level pixels [x, x + width) × [y, y + height) as RGB."""
         location = (_location(x, level), _location(y, level))
         try:
@@ -244,7 +267,7 @@ class Slide:
                 raise RegionError("touches an area that was never scanned (transparent)")
             white = Image.new("RGBA", region.size, (255, 255, 255, 255))
             region = Image.alpha_composite(white, region)
-        return region.convert("RGB")
+        return np.asarray(region.convert("RGB"))
 
 
 def _location(position: int, level: Level) -> int:
@@ -256,10 +279,11 @@ def _location(position: int, level: Level) -> int:
     return round(position * level.openslide_downsample)
 
 
-def _inside(low: float, high: float, size: int, factor: int) -> tuple[float, float]:
-    """An interval shifted (by less than a pixel, at an edge) into [0, size], then reduced."""
-    shift = min(max(0.0, -low), 1.0) - min(max(0.0, high - size), 1.0)
-    return max(0.0, low + shift) / factor, min(size, high + shift) / factor
+def _inside(edges: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Ascending edges shifted (by less than a pixel, at a border) into [0, size]."""
+    shift = min(max(0.0, -edges[0]), 1.0) - min(max(0.0, edges[-1] - size), 1.0)
+    shifted: NDArray[np.float64] = np.clip(edges + shift, 0.0, size)
+    return shifted
 
 
 def _quarters(x0: int, y0: int, x1: int, y1: int) -> list[tuple[int, int, int, int]]:

@@ -28,7 +28,7 @@ from eosin.launch.artefacts import (
 )
 from eosin.launch.progress import Meter
 
-FORMAT = 1
+FORMAT = 2
 """Version of the choice and naming; raise it when the same slides give another task."""
 
 LABELS, MARKER = "labels.csv", "task.json"

@@ -25,7 +25,7 @@ from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.tissue import Tissue, find_tissue, mask_mpp
 from eosin.launch.artefacts import mark_done
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same slide and request would give other rows: everything is made again."""
 
 LISTED = ("group", "stain")
