@@ -205,6 +205,14 @@ VERBS: dict[str, Verb] = {
         "eosin launch cancel launches/pretrain-1",
         positional="folder",
     ),
+    "bench balance": Verb(
+        "eosin.launch.bench_balance",
+        "BenchBalanceConfig",
+        "bench_balance",
+        "a rare class after training on a balanced draw, against a uniform one",
+        "eosin bench balance --json balance.json",
+        options=("json",),
+    ),
     "bench data": Verb(
         "eosin.launch.bench_data",
         "BenchDataConfig",
