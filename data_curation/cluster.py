@@ -103,14 +103,19 @@ def cluster(config: ClusterConfig) -> None:
     """Clusters what is not clustered yet; as one process, or as several that share the rows.
 
     Raises:
-        InputError: there are no features, fewer than clusters, or one is not finite.
+        InputError: there are no features, fewer than clusters, or one is not finite; or they do not
+            lie slide by slide, and `within_slide` asks for it.
     """
     store = open_features(config.features)
+    if config.within_slide and store.offsets is None:
+        raise InputError(
+            f"{config.features} does not lie slide by slide: within_slide is for tiles"
+        )
     levels = resolve_levels(config, len(store.features))
     stamp = stamp_for(config, store, levels)
     device = choose_device(config.device)
     with join_world(device, timeout_s=_WAIT_S) as world:
-        if not _is_finished(config.out, stamp):
+        if not world.agreed(_is_finished(config.out, stamp)):
             _cluster(config, store, levels, stamp, device, world)
         elif world.leads:
             print(f"cluster: {config.out} is up to date")
@@ -243,9 +248,15 @@ class _Work:
     def load(self, device: torch.device) -> Progress | None:
         """What was written down, the same on every rank."""
         path = self.folder / "progress.safetensors"
-        if not path.is_file():
+        if not self.world.agreed(path.is_file()):
             return None
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except OSError as error:
+            raise InputError(
+                f"rank {self.world.rank} cannot read {path}, which rank 0 wrote: out must lie on "
+                "storage that all processes share"
+            ) from error
         iterations, inertia, repaired, is_last = state["numbers"].tolist()
         self.world.barrier()  # before rank 0 writes the next
         return Progress(
@@ -276,10 +287,7 @@ def _within_slides(
 
     A slide whose rows lie in the shares of two ranks is fitted by both, with the same result.
     """
-    if store.offsets is None:
-        raise InputError(
-            f"{config.features} does not lie slide by slide: within_slide is for tiles"
-        )
+    assert store.offsets is not None  # `cluster` has seen to it
     n, mine = len(store.features), share_of(len(store.features), world)
     clusters, apart = np.full(n, -1, np.int32), np.zeros(n, np.float32)
     bags = list(itertools.pairwise(store.offsets.tolist()))

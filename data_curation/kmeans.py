@@ -137,7 +137,7 @@ def lloyd(
             iterations=progress.iterations + 1,
             inertia=inertia,
             repaired=progress.repaired + repaired,
-            is_last=progress.inertia - inertia <= tolerance * inertia,
+            is_last=world.agreed(progress.inertia - inertia <= tolerance * inertia),
         )
         save(progress)
     _assign(points, progress.centroids, assignment, sums)  # the labels of these centroids

@@ -63,6 +63,10 @@ class World:
         dist.all_reduce(summed, group=self.host)
         return int(summed)
 
+    def agreed(self, answer: bool) -> bool:
+        """Rank 0's answer, on every rank: one that hangs on clocks, files or last bits."""
+        return bool(self.total(int(self.leads and answer)))
+
     def all_hosts(self) -> list[str]:
         """The host name of each rank, on every rank."""
         return [str(name) for name in self.gather(socket.gethostname())]

@@ -15,7 +15,16 @@ from scipy.stats import entropy
 import eosin.data_curation.tile_columns as module
 from eosin.configs.errors import InputError
 from eosin.configs.load import load_config
-from eosin.data_curation.manifest import DUPLICATES, SELECTION, TILES, read_table, write_table
+from eosin.data_curation.cluster import ClusterConfig, cluster
+from eosin.data_curation.features import features_stamp, write_features
+from eosin.data_curation.manifest import (
+    DUPLICATES,
+    FEATURE_ROWS,
+    SELECTION,
+    TILES,
+    read_table,
+    write_table,
+)
 from eosin.data_curation.review_file import Review, Verdict, write_review
 from eosin.data_curation.sample import SampleConfig, sample
 from eosin.data_curation.sampling import QuantileRule
@@ -178,21 +187,37 @@ def test_batches_change_nothing_and_seeds_do(
 
 
 def test_the_ring_example_flattens(tmp_path: Path) -> None:
-    """Density falls tenfold along a ring; a draw over its clusters is near uniform."""
+    """Density falls tenfold along a ring; a draw over its clusters' tree is near uniform."""
     rng = np.random.default_rng(0)
     n, pieces = 20_000, 40
     density = np.linspace(1, 10, pieces)
     piece = rng.choice(pieces, n, p=density / density.sum())
+    angle = 2 * np.pi * (piece + rng.random(n)) / pieces
+    around = (1 + 0.03 * rng.normal(size=n))[:, None] * np.c_[np.cos(angle), np.sin(angle)]
     ids = write_tables(tmp_path, {"ring": n})
-    write_clusters(tmp_path / "clusters", ids, piece.tolist())
-    config = {"tiles": tmp_path, "out": tmp_path / "selection.parquet", "total": 2000}
+    piece_of = dict(zip(ids, piece.tolist(), strict=True))
+    rows = pa.table({f.name: pa.nulls(n, f.type) for f in FEATURE_ROWS} | {
+        "tile_id": ids, "group": ["ring"] * n, "slide_id": ["ring"] * n,
+    })  # fmt: skip
+    features, clusters = tmp_path / "features", tmp_path / "clusters"
+    write_features(
+        features,
+        rows=rows,
+        dim=2,
+        stamp=features_stamp("encoder", "ring"),
+        compute=lambda start, stop: around[start:stop].astype(np.float32),
+        chunk_rows=n,
+        meta={},
+    )
+    cluster(ClusterConfig(features=features, out=clusters, levels=[400, 40], device="cpu"))
     kl = []
-    for tree in ([], ["level_1"]):
-        sample(SampleConfig(tree=tree, clusters=tmp_path / "clusters", **config))  # type: ignore[arg-type]
-        chosen = read_table(tmp_path / "selection.parquet", SELECTION)
-        found = np.bincount([int(c) for c in chosen["cluster"].to_pylist()], minlength=pieces)
+    for tree in ([], ["level_2", "level_1"]):
+        out = tmp_path / "selection.parquet"
+        sample(SampleConfig(tiles=tmp_path, out=out, total=2000, clusters=clusters, tree=tree))
+        chosen = read_table(out, SELECTION)["tile_id"].to_pylist()
+        found = np.bincount([piece_of[tile_id] for tile_id in chosen], minlength=pieces)
         kl.append(float(entropy(found / found.sum(), np.full(pieces, 1 / pieces))))
-    assert kl[0] > 0.1 and kl[1] < 0.001
+    assert kl[0] > 0.1 and kl[1] < kl[0] / 5
 
 
 def test_closest_tiles_are_taken_where_asked(curated: Path) -> None:
@@ -200,8 +225,8 @@ def test_closest_tiles_are_taken_where_asked(curated: Path) -> None:
     for leaf, first in (("closest", 1), ("farthest", -1)):
         table = drawn(curated, "tree=[level_1]", f"leaf={leaf}", **keys).to_pylist()
         whole = pq.read_table(curated / "clusters" / "clusters.parquet").to_pylist()
-        for cluster in range(10):
-            taken = [r["distance"] for r in table if r["level_1"] == cluster]
+        for label in range(10):
+            taken = [r["distance"] for r in table if r["level_1"] == label]
             all_ = sorted(r["distance"] for r in whole if r["level_1"] == cluster)[::first]
             assert sorted(taken)[::first] == all_[: len(taken)] and taken
 
@@ -249,8 +274,8 @@ def test_distance_bins_are_equally_frequent(curated: Path) -> None:
     )
     assert len(table) == sum(SLIDES.values())
     strata = counts(table, "stratum")
-    for cluster in range(8):
-        inside = [strata[f"{cluster}/{number}"] for number in range(4)]
+    for label in range(8):
+        inside = [strata[f"{label}/{number}"] for number in range(4)]
         assert max(inside) - min(inside) <= 1
 
 
