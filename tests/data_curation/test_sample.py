@@ -227,7 +227,7 @@ def test_closest_tiles_are_taken_where_asked(curated: Path) -> None:
         whole = pq.read_table(curated / "clusters" / "clusters.parquet").to_pylist()
         for label in range(10):
             taken = [r["distance"] for r in table if r["level_1"] == label]
-            all_ = sorted(r["distance"] for r in whole if r["level_1"] == cluster)[::first]
+            all_ = sorted(r["distance"] for r in whole if r["level_1"] == label)[::first]
             assert sorted(taken)[::first] == all_[: len(taken)] and taken
 
 
