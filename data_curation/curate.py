@@ -12,6 +12,8 @@ from eosin.configs.errors import EosinError, TooManyFailedError
 from eosin.data_curation.cluster import MARKER_NAME as CLUSTERS_MARKER
 from eosin.data_curation.cluster import ClusterConfig, ClusterOptions, cluster
 from eosin.data_curation.costs import charged, cost_lines, read_costs
+from eosin.data_curation.dedupe import DedupeConfig, DedupeOptions, dedupe
+from eosin.data_curation.deny_list import read_deny
 from eosin.data_curation.embed_tiles import META_NAME, EmbedConfig, EmbedOptions, embed
 from eosin.data_curation.manifest import (
     FEATURE_ROWS,
@@ -21,6 +23,7 @@ from eosin.data_curation.manifest import (
     open_table,
     read_table,
 )
+from eosin.data_curation.patient_split import SplitOptions
 from eosin.data_curation.sample import SampleConfig, sample
 from eosin.data_curation.sampling import SampleOptions
 from eosin.data_curation.selection import SelectConfig, write_selection
@@ -35,8 +38,8 @@ from eosin.data_curation.tiles import plan as plan_tiles
 class CurateConfig:
     """Slides to shards: tile, then, where an encoder is named, embed and cluster; select; shard.
 
-    With ``embed.encoder`` or anything of ``sample`` the selection is a balanced draw (`eosin
-    sample`); without both it is what passes the thresholds (`select`).
+    With ``embed.encoder``, ``without_duplicates``, ``deny`` or anything of ``sample`` or ``split``
+    the selection is a balanced draw (`eosin sample`); else what passes the thresholds (`select`).
     """
 
     slides: Path
@@ -51,6 +54,15 @@ class CurateConfig:
     """By what tiles become features, e.g. embed.encoder=builtin:stain-texture; none by default."""
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
     """How features are clustered, where there are any."""
+    without_duplicates: bool = False
+    """Whether tiles that repeat another, and second scans of a slide, are found and left out."""
+    dedupe: DedupeOptions = field(default_factory=DedupeOptions)
+    """What counts as a repetition."""
+    deny: Path | None = None
+    """YAML file of patients, slides and images that must not be trained on
+    (`deny_list.DenyList`): left out of the draw, and looked for again before sharding."""
+    split: SplitOptions = field(default_factory=SplitOptions)
+    """Patients to be held out."""
     sample: SampleOptions = field(default_factory=SampleOptions)
     """How tiles are drawn, e.g. 'sample.tree=[organ,level_1]' sample.total=100000."""
     review: Path | None = None
@@ -84,7 +96,47 @@ class CurateConfig:
     @property
     def draws(self) -> bool:
         """Whether the selection is a balanced draw."""
-        return bool(self.embed.encoder) or self.sample != SampleOptions()
+        return (
+            bool(self.embed.encoder)
+            or self.without_duplicates
+            or self.deny is not None
+            or self.split.part != "all"
+            or self.sample != SampleOptions()
+        )
+
+    @property
+    def needs_prints(self) -> bool:
+        """Whether tiles are compared by their prints."""
+        return self.without_duplicates or (
+            self.deny is not None and bool(read_deny(self.deny).prints)
+        )
+
+    @property
+    def clusters(self) -> Path | None:
+        """Folder of the clusters, where there are any."""
+        return self.out / "clusters" if self.embed.encoder else None
+
+    @property
+    def prints(self) -> Path | None:
+        """Folder of the prints, where they are needed."""
+        return self.out / "prints" if self.needs_prints else None
+
+    @property
+    def prints_config(self) -> EmbedConfig:
+        """Of the prints."""
+        options = self.embed.__dict__ | {"encoder": "builtin:tile-print"}
+        return EmbedConfig(tiles=self.out, out=self.out / "prints", **options)
+
+    @property
+    def dedupe_config(self) -> DedupeConfig:
+        """Of the duplicates."""
+        return DedupeConfig(
+            prints=self.out / "prints",
+            out=self.out / "duplicates.parquet",
+            tiles=self.out,
+            clusters=self.clusters,
+            **self.dedupe.__dict__,
+        )
 
     @property
     def embed_config(self) -> EmbedConfig:
@@ -104,7 +156,11 @@ class CurateConfig:
         return SampleConfig(
             tiles=self.out,
             out=self.selection,
-            clusters=self.out / "clusters" if self.embed.encoder else None,
+            clusters=self.clusters,
+            duplicates=self.dedupe_config.out if self.without_duplicates else None,
+            deny=self.deny,
+            prints=self.prints,
+            split=self.split,
             review=self.review,
             select=self.select,
             **self.sample.__dict__,
@@ -117,6 +173,8 @@ class CurateConfig:
             tiles=self.out,
             selection=self.selection,
             out=self.out / "shards",
+            deny=self.deny,
+            prints=self.prints,
             **self.shard.__dict__,
         )
 
@@ -164,6 +222,7 @@ class _Stage:
 def _stages(config: CurateConfig) -> Iterator[_Stage]:
     """What is done, in this order."""
     tiles, features = config.out / "tiles.parquet", config.out / "features" / "rows.parquet"
+    prints = config.out / "prints" / "rows.parquet"
     yield _Stage(
         name="tile",
         run=lambda: tile(config.tile_config),
@@ -182,6 +241,20 @@ def _stages(config: CurateConfig) -> Iterator[_Stage]:
             run=lambda: cluster(config.cluster_config),
             marker=config.out / "clusters" / CLUSTERS_MARKER,
             count=lambda: open_table(features, FEATURE_ROWS).metadata.num_rows,
+        )
+    if config.needs_prints:
+        yield _Stage(
+            name="prints",
+            run=lambda: embed(config.prints_config),
+            marker=config.out / "prints" / META_NAME,
+            count=lambda: open_table(prints, FEATURE_ROWS).metadata.num_rows,
+        )
+    if config.without_duplicates:
+        yield _Stage(
+            name="dedupe",
+            run=lambda: dedupe(config.dedupe_config),
+            marker=config.dedupe_config.out.with_suffix(".json"),
+            count=lambda: open_table(prints, FEATURE_ROWS).metadata.num_rows,
         )
     yield _Stage(
         name="sample" if config.draws else "select",
@@ -212,6 +285,8 @@ def pieces(config: CurateConfig) -> dict[str, int]:
 def plan(config: CurateConfig) -> str:
     """What `curate` would do: how much there is to tile; the rest follows from what is found."""
     then = f"embed by {config.embed.encoder} and cluster, then " if config.embed.encoder else ""
+    then += "make prints, " if config.needs_prints else ""
+    then += "find duplicates, " if config.without_duplicates else ""
     return (
         f"{plan_tiles(config.tile_config)}\n"
         f"then: {then}select into {config.selection} and shard into {config.shard_config.out} "

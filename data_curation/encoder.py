@@ -23,6 +23,9 @@ from eosin.configs.errors import InputError
 from eosin.data_curation.descriptors import HISTOGRAM_BINS, colour_histogram, mean_colour
 from eosin.data_curation.stain_texture import DIM as STAIN_TEXTURE_DIM
 from eosin.data_curation.stain_texture import stain_texture
+from eosin.data_curation.tile_print import DIM as PRINT_DIM
+from eosin.data_curation.tile_print import VERSION as PRINT_VERSION
+from eosin.data_curation.tile_print import tile_print
 from eosin.data_curation.torchvision_import import import_timm
 from eosin.launch.artefacts import stamp_of
 
@@ -225,9 +228,9 @@ def load_encoder(
     Args:
         spec: a folder with ``config.json`` and ``model.safetensors`` as timm writes them, or a run
             folder with such an ``encoder/`` in it; ``timm:NAME`` with pretrained weights (NAME may
-            be ``hf-hub:ORG/MODEL``); ``builtin:stain-texture``, ``builtin:mean-colour`` or
-            ``builtin:colour-histogram``. A suffix ``@cls``, ``@mean``, ``@clsmean`` or ``@native``
-            chooses the pooling.
+            be ``hf-hub:ORG/MODEL``); ``builtin:stain-texture``, ``builtin:mean-colour``,
+            ``builtin:colour-histogram`` or ``builtin:tile-print``. A suffix ``@cls``, ``@mean``,
+            ``@clsmean`` or ``@native`` chooses the pooling.
         device: where the network runs.
         pooling: one of `POOLINGS`; else the suffix, else what the folder's config states under
             ``{"eosin": {"pooling": …}}``, else what the network's own head uses.
@@ -266,8 +269,11 @@ def _builtin(name: str) -> Encoder:
         return DescriptorEncoder(name, HISTOGRAM_BINS**3, 1, colour_histogram)
     if name == "stain-texture":
         return DescriptorEncoder(name, STAIN_TEXTURE_DIM, 1, stain_texture)
+    if name == "tile-print":
+        return DescriptorEncoder(name, PRINT_DIM, PRINT_VERSION, tile_print)
     raise InputError(
-        f"no builtin encoder '{name}'; there are: mean-colour, colour-histogram, stain-texture"
+        f"no builtin encoder '{name}'; there are: mean-colour, colour-histogram, stain-texture, "
+        "tile-print"
     )
 
 

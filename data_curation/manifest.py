@@ -40,6 +40,7 @@ SLIDES = pa.schema(
         pa.field("mpp_y", pa.float64()),
         pa.field("mpp_source", pa.string()),  # "metadata" or "table"
         pa.field("scanner", pa.string()),
+        pa.field("quickhash", pa.string()),  # OpenSlide's hash of the file's content
         pa.field("stain", pa.string()),
         pa.field("tissue_area_mm2", pa.float64()),
         _field("n_cells", pa.int64()),  # rows in tiles.parquet
@@ -161,10 +162,23 @@ DUPLICATES = pa.schema(
         _field("tile_id", pa.string()),  # the one to leave out
         _field("kept_tile_id", pa.string()),  # the one that stands for it
         _field("kind", pa.string()),  # exact, near, slide
-        pa.field("similarity", pa.float32()),  # cosine of features; null where none was needed
+        pa.field("similarity", pa.float32()),  # correlation of prints or slides; null where equal
+        _field("group", pa.string()),
+        _field("kept_group", pa.string()),  # where it is another, both groups are one family
     ]
 )
 """One row a tile that repeats another, sorted by tile_id; no ``kept_tile_id`` is a ``tile_id``."""
+
+LEAKS = pa.schema(
+    [
+        _field("tile_id", pa.string()),
+        _field("group", pa.string()),
+        _field("reason", pa.string()),  # patient, slide, slide hash, image
+        _field("denied", pa.string()),  # what the deny list names: a group, a slide, an image
+        pa.field("similarity", pa.float32()),  # of an image's print; null elsewhere
+    ]
+)
+"""One row a tile that a deny list forbids, in the order of the tiles."""
 
 PREDICTIONS = pa.schema(
     [

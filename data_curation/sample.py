@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from eosin.configs.errors import ConfigError, EosinError, InputError
 from eosin.data_curation.balance import measure_balance
 from eosin.data_curation.cluster import MARKER_NAME as CLUSTERS_MARKER
+from eosin.data_curation.deny_list import Gate
 from eosin.data_curation.manifest import DUPLICATES, SELECTION, Status, read_table, write_table
+from eosin.data_curation.patient_split import SplitOptions, in_part
 from eosin.data_curation.review_file import Review, read_review
 from eosin.data_curation.sampling import Drawn, SampleOptions, draw_sample
 from eosin.data_curation.selection import JUDGED, SelectConfig, alarm_lines, broken_rules
 from eosin.data_curation.tile_columns import MISSING, Codes, TileColumns
 from eosin.launch.artefacts import file_digest, is_done, mark_done, read_json, stamp_of
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the same tables and options give another selection."""
 _MANY = 5000  # values of a column that are too many to be named in selection.json
 
@@ -40,7 +42,13 @@ class SampleConfig(SampleOptions):
     clusters: Path | None = None
     """Folder of clusters.parquet, of `eosin cluster`; the tree may then name level_1 and on."""
     duplicates: Path | None = None
-    """A table in the form of `manifest.DUPLICATES`: its tiles are left out."""
+    """A table of `eosin dedupe`: its tiles are left out."""
+    deny: Path | None = None
+    """YAML file of what must not be trained on (`deny_list.DenyList`): such tiles are left out."""
+    prints: Path | None = None
+    """Prints of the tiles, where `deny` names images."""
+    split: SplitOptions = field(default_factory=SplitOptions)
+    """Patients to be held out, or those alone."""
     review: Path | None = None
     """review.json, in the form of `review_file`: clusters that were rejected are left out, merged
     ones count as one, and weights hold in the tree's column of their level."""
@@ -98,7 +106,7 @@ def stamp_for(config: SampleConfig) -> str:
     slides = config.table.with_name("slides.parquet")
     inputs = {"tiles": config.table, "slides": slides if slides.is_file() else None}
     inputs |= {"duplicates": config.duplicates, "review": config.review}
-    paths = ("tiles", "out", "clusters", "duplicates", "review")
+    paths = ("tiles", "out", "clusters", "duplicates", "review", "deny", "prints")
     options = {name: value for name, value in asdict(config).items() if name not in paths}
     return stamp_of(
         stage="sample",
@@ -106,6 +114,7 @@ def stamp_for(config: SampleConfig) -> str:
         options=options,
         inputs={name: _digest(path) for name, path in inputs.items()},
         clusters=_clusters_stamp(config),
+        gate=Gate(config.deny, config.prints).stamp() if config.deny else None,
     )
 
 
@@ -138,6 +147,10 @@ def _draw(config: SampleConfig, marker: Path, stamp: str) -> None:
     before = kept.copy()
     if config.duplicates is not None:
         _leave_out(columns, kept, config.duplicates, dropped)
+    if config.deny is not None:
+        _leave_out_denied(columns, kept, Gate(config.deny, config.prints), dropped)
+    if config.split.part != "all":
+        _leave_out_part(columns, kept, config, dropped)
     given, weights = dict[str, Codes](), dict(config.weights)
     if config.review is not None:
         _obey(columns, kept, config, given, weights, dropped)
@@ -203,6 +216,29 @@ def _leave_out(
         kept[span] &= ~hit
     if found < len(repeated):
         raise InputError(f"{path} names tiles that are not in {columns.path}; run dedupe again")
+
+
+def _leave_out_denied(
+    columns: TileColumns, kept: NDArray[np.bool_], gate: Gate, dropped: dict[str, int]
+) -> None:
+    """Takes what the deny list forbids out of `kept`."""
+    dropped["denied"] = 0
+    for start, batch in columns.batches(["tile_id", "group", "slide_id"]):
+        span = slice(start, start + len(batch))
+        tiles = batch.filter(pa.array(kept[span]))
+        denied = gate.leaks(tiles, columns.slides)["tile_id"].combine_chunks()
+        dropped["denied"] += len(denied)
+        kept[span] &= ~pc.is_in(batch["tile_id"], value_set=denied).to_numpy()
+
+
+def _leave_out_part(
+    columns: TileColumns, kept: NDArray[np.bool_], config: SampleConfig, dropped: dict[str, int]
+) -> None:
+    """Takes the groups of the other side of the split out of `kept`."""
+    group = columns.codes("group")
+    gone = ~in_part(group.values, config.split, config.duplicates)[group.codes]
+    dropped["other part"] = int((kept & gone).sum())
+    kept &= ~gone
 
 
 def _obey(
@@ -293,7 +329,7 @@ def _balance(
     """By column, the balance of what passed the thresholds and of what was drawn."""
     names = ["slide_id", "group", "stain", *(n for n in tree if n in columns.names)]
     if columns.slides is not None:
-        known = {"path", "status", "reason"}
+        known = {"path", "status", "reason", "quickhash"}
         text = [f.name for f in columns.slides.schema if pa.types.is_string(f.type)]
         names += [name for name in text if name not in known]
     if columns.clusters is not None:

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from eosin.configs.errors import InputError, TooManyFailedError
 from eosin.data_curation.codec import EncodedTile
+from eosin.data_curation.deny_list import LEAKS_NAME, Gate, refuse_leaks
 from eosin.data_curation.energon_index import remove_energon
 from eosin.data_curation.images import image_records
-from eosin.data_curation.manifest import FAILED, INDEX, read_table, write_table
+from eosin.data_curation.manifest import FAILED, INDEX, SLIDES, read_table, write_table
 from eosin.data_curation.records import Failure, Records, check_rules, draw
 from eosin.data_curation.shard_index import write_index
 from eosin.data_curation.shard_marker import (
@@ -112,6 +113,11 @@ class ShardConfig(ShardOptions):
     """A folder that `eosin tile` or `eosin curate` wrote."""
     selection: Path | None = None
     """A selection.parquet of those tiles; without it, all tiles that could be read."""
+    deny: Path | None = None
+    """YAML file of what must not be trained on (`deny_list.DenyList`): nothing is built while the
+    tiles hold any of it."""
+    prints: Path | None = None
+    """Prints of the tiles, where `deny` names images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,12 +133,15 @@ def shard(config: ShardConfig) -> None:
     """Writes the shards that are missing or out of date, then the index, then the marker.
 
     Raises:
+        LeakError: a tile is on the deny list; shards of an earlier call count as unfinished then.
         InputError: there are no tiles, or a table cannot be used.
         TooManyFailedError: more tiles failed than `max_failed` allows; the others are
             in the shards.
     """
     records = _gather(config)
     _refuse_missing(records, config)
+    if config.deny is not None:
+        _refuse_denied(records, config, Gate(config.deny, config.prints))
     dealt = deal(records, config.records_per_shard, config.mix_slides, config.seed)
     stamps, todo = _survey(config, records, dealt)
     marker, whole = config.out / MARKER_NAME, stamp_of(shards=stamps, index=INDEX_LAYOUT)
@@ -226,6 +235,15 @@ def _refuse_missing(records: Records, config: ShardConfig) -> None:
             f"{', '.join(paths[:_NAMED])}{more}; mend the paths, or raise max_failed "
             "(shard.max_failed in curate)"
         )
+
+
+def _refuse_denied(records: Records, config: ShardConfig, gate: Gate) -> None:
+    slides = read_table(config.tiles / "slides.parquet", SLIDES) if config.tiles else None
+    labels = records.labels.select(["key", "group", "slide_id"])
+    leaks = gate.leaks(labels.rename_columns(["tile_id", "group", "slide_id"]), slides)
+    if leaks.num_rows:
+        (config.out / MARKER_NAME).unlink(missing_ok=True)
+    refuse_leaks(leaks, gate.path, config.out / LEAKS_NAME)
 
 
 def _job(

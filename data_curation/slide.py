@@ -96,6 +96,7 @@ class Slide:
             self._handle.close()
             raise
         self.scanner = scanner_name(self._properties)
+        self.quickhash = self._properties.get(openslide.PROPERTY_NAME_QUICKHASH1)
         self.bounds_px = scanned_bounds_px(self._properties, self.size_px)
 
     def __enter__(self) -> Self:

@@ -25,7 +25,7 @@ from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.tissue import Tissue, find_tissue, mask_mpp
 from eosin.launch.artefacts import mark_done
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the same slide and request would give other rows: everything is made again."""
 
 LISTED = ("group", "stain")
@@ -81,7 +81,7 @@ def tile_slide(job: SlideJob) -> dict[str, Any]:
 
 def empty_record() -> dict[str, Any]:
     """The measured part of a slide's row before anything is known."""
-    unknown = ("width_px", "height_px", "mpp_x", "mpp_y", "mpp_source", "scanner")
+    unknown = ("width_px", "height_px", "mpp_x", "mpp_y", "mpp_source", "scanner", "quickhash")
     return {
         **dict.fromkeys(unknown),
         "tissue_area_mm2": None,
@@ -101,6 +101,7 @@ def _describe(slide: Slide) -> dict[str, Any]:
         "mpp_y": slide.mpp[1],
         "mpp_source": slide.mpp_source,
         "scanner": slide.scanner,
+        "quickhash": slide.quickhash,
     }
 
 

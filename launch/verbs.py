@@ -99,6 +99,15 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         ranks=True,
     ),
+    "dedupe": Verb(
+        "eosin.data_curation.dedupe",
+        "DedupeConfig",
+        "dedupe",
+        "tiles that repeat another, and slides scanned twice, to a table that sample leaves out",
+        "eosin dedupe prints=curated/prints tiles=curated clusters=curated/clusters "
+        "out=curated/duplicates.parquet",
+        plan="plan",
+    ),
     "sample": Verb(
         "eosin.data_curation.sample",
         "SampleConfig",

@@ -287,6 +287,8 @@ def test_thresholds_duplicates_and_their_counts(curated: Path) -> None:
             "kept_tile_id": [ids[20]] * 10,
             "kind": ["near"] * 10,
             "similarity": pa.array([0.99] * 10, pa.float32()),
+            "group": ["p1"] * 10,
+            "kept_group": ["p1"] * 10,
         }
     )
     write_table(repeats, curated / "duplicates.parquet", DUPLICATES)
