@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from eosin.configs.errors import InputError
 from eosin.data_curation.costs import COSTS_NAME, read_costs
 from eosin.data_curation.manifest import SLIDES, TILES, open_table, read_table
+from eosin.data_curation.tile_print import DIM as PRINT_DIM
 from eosin.launch.artefacts import write_text
 from eosin.launch.cards import Card, card_called
 
@@ -26,6 +27,12 @@ START_CANDIDATES = 2.0
 """The start, in units of one assignment of the fitted points to all k centres; assumed."""
 SAMPLE_RATE = 1.0e6
 """Tiles/s that a core draws from, all strata and caps included (`make scale`)."""
+PRINT_RATE, PAIR_RATE = 9.3e3, 6.2e7
+"""Prints/s that a core makes ready to be compared, and pairs/s that it compares; measured on
+`duplicate_search.find_pairs`, 10,000 and 20,000 prints all with all on one core."""
+PAIRED_CLUSTERS = 6.5
+"""Clusters with which a tile is compared where each has 8 neighbours: half its own, each pair of
+neighbours once, of which some are mutual; so it is read about twice as often."""
 DEFAULTS = {
     "tissue_mm2": 120.0,
     "tile_rate": 217.0,
@@ -79,6 +86,8 @@ class PlanCurateConfig:
     ``builtin:stain-texture``, whose time is that of reading."""
     levels: list[int] = field(default_factory=lambda: [100_000, 10_000, 1_000, 100])
     """Clusters of each level, the finest first."""
+    without_duplicates: bool = False
+    """Whether repeated tiles are looked for, in clusters of the finest level and near them."""
     iterations: int = 25
     """Of Lloyd, a level."""
     points_per_centroid: int = 256
@@ -114,6 +123,8 @@ class PlanCurateConfig:
         for name in (*DEFAULTS, *_NOT_NEGATIVE):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not self.levels:
+            raise ValueError("levels is empty: give the clusters of each level")
         if any(k < 1 for k in self.levels) or sorted(self.levels, reverse=True) != self.levels:
             raise ValueError(f"levels={self.levels} must fall from the finest to the coarsest")
         if self.encoder_gflops and not self.gpus:
@@ -269,6 +280,22 @@ def _stages(config: PlanCurateConfig, tiles: float, drawn: float) -> Iterator[St
         read_tb=features_tb,
         written_tb=tiles * ROW_BYTES["clusters"] / 1e12,
     )
+    if config.without_duplicates:
+        pairs = tiles * PAIRED_CLUSTERS * tiles / config.levels[0]
+        prints = 2 * PAIRED_CLUSTERS * tiles
+        yield Stage(
+            "prints",
+            tiles,
+            core_hours=tiles / config.read_rate / 3600,
+            read_tb=slides_tb,
+            written_tb=tiles * PRINT_DIM * 2 / 1e12,
+        )
+        yield Stage(
+            "dedupe",
+            tiles,
+            core_hours=(prints / PRINT_RATE + pairs / PAIR_RATE) / 3600,
+            read_tb=prints * PRINT_DIM * 2 / 1e12,
+        )
     yield Stage(
         "sample",
         tiles,

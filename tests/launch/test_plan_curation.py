@@ -51,6 +51,19 @@ def test_the_sums_are_those_of_a_pocket_calculator() -> None:
     assert plan.cost_per_million == pytest.approx(plan.cost)
 
 
+def test_duplicates_are_looked_for_in_clusters_and_near_them() -> None:
+    given = {"slides": 1000, "tissue_mm2": 100, "size_px": 200, "read_rate": 500, "levels": [1000]}
+    with_them = figures_of(**given, without_duplicates=True)
+    by_name = {stage.name: stage for stage in with_them.stages}
+    tiles = 1e7
+    assert by_name["prints"].core_hours == pytest.approx(tiles / 500 / 3600)
+    pairs = tiles * 6.5 * 10_000  # half its own cluster's 10,000 tiles, and six more
+    assert by_name["dedupe"].core_hours == pytest.approx((13 * tiles / 9300 + pairs / 6.2e7) / 3600)
+    without = figures_of(**given)
+    more = by_name["prints"].core_hours + by_name["dedupe"].core_hours
+    assert with_them.core_hours == pytest.approx(without.core_hours + more)
+
+
 def test_storage_holds_up_what_it_cannot_read_in_time() -> None:
     quick = figures_of(slides=1000, disk_gbs=100)
     slow = figures_of(slides=1000, disk_gbs=0.01)
