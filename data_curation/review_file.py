@@ -1,4 +1,4 @@
-"""What a pathologist said of clusters: the file that `eosin sample` takes.
+"""What a pathologist said of clusters: the page of `eosin review` saves it, `eosin sample` obeys.
 
 JSON: ``{"schema_version": 1, "clusters_stamp": …, "level": 1, "clusters": {"17": {"name": …,
 "merged_into": …, "weight": …, "rejected": …}}}``. A cluster that is not in it keeps its defaults.
@@ -78,7 +78,7 @@ def read_review(path: Path) -> Review:
         InputError: the file is missing, no review, of a newer version, or contradicts itself.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist; write it as data_curation/review_file.py says")
+        raise InputError(f"{path} does not exist; save it from the page that eosin review makes")
     try:
         value = read_json(path)
     except (ValueError, UnicodeDecodeError) as error:

@@ -117,6 +117,13 @@ VERBS: dict[str, Verb] = {
         "total=100000 out=curated/selection.parquet",
         plan="plan",
     ),
+    "review": Verb(
+        "eosin.data_curation.review_page",
+        "ReviewPageConfig",
+        "review_page",
+        "clusters as a page on which a pathologist names, merges, weighs and rejects them",
+        "eosin review tiles=curated clusters=curated/clusters level=2 out=curated/review.html",
+    ),
     "curate": Verb(
         "eosin.data_curation.curate",
         "CurateConfig",
