@@ -1,8 +1,8 @@
 """Encoded tiles: JPEG and PNG, strictly decoded, and nothing else.
 
 A tile that decodes only "somehow" (truncated, with a broken stream) would be trained on as grey
-bands, so every warning of the decoder is an error here. The bytes of an existing image are never
-changed; whatever metadata it carries (EXIF, comments) stays in it.
+bands, so every warning of the decoder is an error here. The pixels of an existing image are never
+encoded again; `image_metadata` takes EXIF and comments out.
 """
 
 import io

@@ -20,6 +20,7 @@ from eosin.data_curation.dedupe import open_prints
 from eosin.data_curation.duplicate_search import Pairs, Spectra, find_pairs
 from eosin.data_curation.features import FeatureStore
 from eosin.data_curation.manifest import LEAKS, write_table
+from eosin.data_curation.pseudonyms import PREFIX, Pseudonyms
 from eosin.launch.artefacts import file_digest, stamp_of
 from eosin.launch.progress import Meter
 
@@ -42,6 +43,9 @@ class DenyList:
     prints: list[str] = field(default_factory=list)
     """Feature stores of evaluation images, by `eosin embed encoder=builtin:tile-print`: tiles that
     show the same tissue are denied."""
+    pseudonyms: str = ""
+    """Key file that the tables' names were hashed with (`pseudonyms=…` of `eosin tile` or `shard`),
+    where groups and slides stand here by their own names."""
     similarity: float = 0.45
     """Of prints, see `dedupe.DedupeOptions`."""
     turns: bool = False
@@ -90,6 +94,8 @@ class Gate:
     def __init__(self, path: Path, prints: Path | None) -> None:
         self.path, self._prints = path, prints
         self.deny = read_deny(path)
+        key = self.deny.pseudonyms
+        self._hidden = Pseudonyms(path.parent / key) if key else None
         if self.deny.prints and prints is None:
             raise InputError(
                 f"{path} names images: give the prints of the tiles too (prints=…, by eosin embed "
@@ -102,7 +108,9 @@ class Gate:
         """Of the list and of all prints."""
         stores = [*self._images, *([self._store] if self._store else [])]
         return stamp_of(
-            deny=file_digest(self.path), prints=[store.meta["stamp"] for store in stores]
+            deny=file_digest(self.path),
+            pseudonyms=self._hidden.stamp() if self._hidden else None,
+            prints=[store.meta["stamp"] for store in stores],
         )
 
     def leaks(self, tiles: pa.Table, slides: pa.Table | None) -> pa.Table:
@@ -120,7 +128,11 @@ class Gate:
         reason, denied = np.full(n, "", object), np.full(n, "", object)
         similarity = np.full(n, np.nan, np.float32)
         ids = _text(tiles["slide_id"])
-        listed = [("patient", _text(tiles["group"]), deny.groups), ("slide", ids, deny.slides)]
+        groups = _text(tiles["group"])
+        listed = [
+            ("patient", groups, self._names(deny.groups, groups)),
+            ("slide", ids, self._names(deny.slides, ids)),
+        ]
         if deny.quickhashes:
             listed.append(("slide hash", _hashes(ids, slides, self.path), deny.quickhashes))
         for why, values, names in listed:
@@ -140,6 +152,18 @@ class Gate:
                 "similarity": pa.array(similarity, from_pandas=True).take(rows),
             }
         )
+
+    def _names(self, names: list[str], values: pa.Array) -> list[str]:
+        """What the list's names are called in the tables."""
+        if self._hidden is not None:
+            return [*names, *map(self._hidden.of, names)]
+        plain = [name for name in names if not name.startswith(PREFIX)]
+        if plain and pc.any(pc.starts_with(values, PREFIX)).as_py():
+            raise InputError(
+                f"{self.path} names '{plain[0]}', but the tables hold pseudonyms: name their key "
+                "file in it (pseudonyms: key.txt), or nobody knows whether it leaks"
+            )
+        return names
 
     def _like_images(
         self, ids: pa.Array, store: FeatureStore

@@ -27,6 +27,7 @@ from eosin.configs.errors import InputError, TooManyFailedError
 from eosin.data_curation.encoder import Encoder, load_encoder
 from eosin.data_curation.features import as_half, features_stamp, has_features, join_features
 from eosin.data_curation.manifest import FEATURES_FAILED, read_table, write_table
+from eosin.data_curation.pseudonyms import Pseudonyms
 from eosin.data_curation.records import Failure, check_rules
 from eosin.data_curation.tile_sources import ImageSource, ShardSource, SlideTileSource, TileSource
 from eosin.data_curation.worker_pool import count_workers
@@ -97,6 +98,8 @@ class EmbedConfig(EmbedOptions):
     """A folder of tile images, or a CSV table with `path`, as for `eosin shard`."""
     shards: str | None = None
     """A folder of finished shards, or its URL."""
+    pseudonyms: Path | None = None
+    """Key file of `eosin shard images=… pseudonyms=…`: the same names for the same images."""
     keep: list[str] = field(default_factory=list)
     """Rules that a tile must satisfy, as for `eosin shard`."""
 
@@ -107,6 +110,8 @@ class EmbedConfig(EmbedOptions):
             raise ValueError("encoder is missing, e.g. encoder=builtin:stain-texture")
         if sum(given is not None for given in (self.tiles, self.images, self.shards)) != 1:
             raise ValueError("give one of tiles, images and shards")
+        if self.pseudonyms is not None and self.images is None:
+            raise ValueError("pseudonyms goes with images; tiles and shards have theirs")
         if self.selection is not None and self.tiles is None:
             raise ValueError("selection goes with tiles")
         if self.keep and self.shards is not None:
@@ -177,7 +182,8 @@ def open_source(config: EmbedConfig) -> TileSource:
     if config.tiles is not None:
         return SlideTileSource(config.tiles, config.selection, config.keep)
     if config.images is not None:
-        return ImageSource(config.images, config.keep)
+        pseudonyms = Pseudonyms(config.pseudonyms) if config.pseudonyms else None
+        return ImageSource(config.images, config.keep, pseudonyms)
     assert config.shards is not None
     return ShardSource(config.shards)
 

@@ -13,7 +13,9 @@ import pyarrow.csv as pa_csv
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.codec import MAX_BYTES, EncodedTile, ImageError, inspect_image
+from eosin.data_curation.image_metadata import without_metadata
 from eosin.data_curation.manifest import INDEX, Status
+from eosin.data_curation.pseudonyms import Pseudonyms
 from eosin.data_curation.records import (
     LABELS,
     Failure,
@@ -27,7 +29,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png"}
 """Files that are taken from a folder, in any case; what is in them decides their format."""
 
 
-def image_records(images: Path, keep: Sequence[str] = ()) -> Records:
+def image_records(
+    images: Path, keep: Sequence[str] = (), pseudonyms: Pseudonyms | None = None
+) -> Records:
     """The records of existing tile images, sorted by key.
 
     Args:
@@ -35,6 +39,7 @@ def image_records(images: Path, keep: Sequence[str] = ()) -> Records:
             the table) and, if known, ``group``, ``slide_id``, ``mpp``, ``cluster``, ``stain``;
             further columns are carried into the index. Without ``group`` each image is its own.
         keep: see `records.keep_rows`.
+        pseudonyms: what takes the place of keys, groups and slide_ids; paths are left out then.
 
     Raises:
         InputError: there is no image, or the table cannot be used.
@@ -47,18 +52,35 @@ def image_records(images: Path, keep: Sequence[str] = ()) -> Records:
     _check_table(table, images)
     # Named before the filter, so that another filter gives the same tile the same key.
     table = table.append_column("key", [make_keys([_without_suffix(path) for path in paths])])
-    table = keep_rows(table, keep).sort_by("key")
+    table = keep_rows(table, keep)
+    if pseudonyms is not None:
+        for name in {"key", "group", "slide_id"} & set(table.column_names):
+            hidden = [pseudonyms.of(text) if text else text for text in table[name].to_pylist()]
+            table = table.set_column(table.column_names.index(name), name, [hidden])
+    table = table.sort_by("key")
     root = images if images.is_dir() else images.parent
     files = [root / path for path in table["path"].to_pylist()]
     source = {"path": [str(file) for file in files], "identity": [file_identity(f) for f in files]}
-    return Records(labels=_labels(table, images), source=pa.table(source))
+    labels = _labels(table, images)
+    if pseudonyms is not None:
+        labels = labels.drop_columns(["path"])
+    return Records(labels=labels, source=pa.table(source))
 
 
-def read_images(source: pa.Table) -> Iterator[EncodedTile | Failure]:
-    """Each image of `source` with its bytes untouched, after a full strict decode."""
+def read_images(
+    source: pa.Table, *, keep_metadata: bool = False
+) -> Iterator[EncodedTile | Failure]:
+    """Each image of `source` as it is encoded, after a full strict decode.
+
+    Args:
+        source: with a column ``path``.
+        keep_metadata: whether EXIF, comments and texts stay in; see `image_metadata`.
+    """
     for path in source["path"].to_pylist():
         try:
-            yield _read_image(Path(path))
+            tile = _read_image(Path(path))
+            plain = tile.data if keep_metadata else without_metadata(tile.data, tile.suffix)
+            yield tile if plain == tile.data else inspect_image(plain)
         except ImageError as error:
             yield Failure(status=Status.UNREADABLE, reason=str(error))
         except OSError as error:

@@ -45,7 +45,9 @@ class ShardJob:
     records: Records
     from_slides: bool
     jpeg_quality: int
-    """Of tiles read from slides; images that exist already keep their bytes."""
+    """Of tiles read from slides; images that exist already are not encoded again."""
+    keep_metadata: bool = False
+    """Of images that exist already: whether EXIF, comments and texts stay in them."""
     pixels: Pixels = "copy"
     refused: Mapping[SlideUse, Failure] = field(default_factory=dict)
     """With ``pixels=slides``: slides that cannot serve their tiles."""
@@ -75,6 +77,7 @@ class ShardJob:
         return stamp_of(
             format=FORMAT,
             jpeg_quality=self.jpeg_quality if self.from_slides else None,
+            keep_metadata=None if self.from_slides else self.keep_metadata,
             labels=labels,
             source=source.drop_columns("path").to_pydict(),
         )
@@ -218,13 +221,15 @@ def read_tiles(job: ShardJob) -> Iterator[EncodedTile | Failure]:
     """The encoded tile of each record in turn, or why there is none."""
     if job.from_slides:
         return read_slide_tiles(job.records.source, job.jpeg_quality)
-    return read_images(job.records.source)
+    return read_images(job.records.source, keep_metadata=job.keep_metadata)
 
 
 def _failed_row(records: Records, row: int, failure: Failure) -> dict[str, str]:
     """A row of `manifest.FAILED` without its shard."""
-    # An image's path as it was given, or a tile's slide.
+    # An image's path as it was given, or a tile's slide; an image with a pseudonym has neither.
     column = "path" if "path" in records.labels.column_names else "slide_id"
+    if records.labels[column][row].as_py() is None:
+        column = "key"
     key, source = (str(records.labels[name][row].as_py()) for name in ("key", column))
     return {"key": key, "source": source, **asdict(failure)}
 

@@ -26,6 +26,7 @@ from eosin.data_curation.deny_list import LEAKS_NAME, Gate, refuse_leaks
 from eosin.data_curation.energon_index import remove_energon
 from eosin.data_curation.images import image_records
 from eosin.data_curation.manifest import FAILED, INDEX, SLIDES, read_table, write_table
+from eosin.data_curation.pseudonyms import Pseudonyms
 from eosin.data_curation.records import Failure, Records, check_rules, draw
 from eosin.data_curation.shard_index import write_index
 from eosin.data_curation.shard_marker import (
@@ -77,7 +78,11 @@ class ShardOptions:
     reading is slower, and a region that cannot be decoded is found only then. But for such tiles,
     keys, shards and order are the same. A low `mix_slides` saves opening slides again and again."""
     jpeg_quality: int = 90
-    """Of tiles copied from slides, encoded 4:4:4; images that exist already keep their bytes."""
+    """Of tiles copied from slides, encoded 4:4:4; images that exist already are copied as they are
+    encoded."""
+    keep_metadata: bool = False
+    """Whether EXIF, comments and texts stay in images that exist already: places where names of
+    patients hide. Dropping them changes no pixel."""
     seed: int = 0
     """Deals the tiles out to shards."""
     workers: int = 0
@@ -113,6 +118,9 @@ class ShardConfig(ShardOptions):
     """A folder that `eosin tile` or `eosin curate` wrote."""
     selection: Path | None = None
     """A selection.parquet of those tiles; without it, all tiles that could be read."""
+    pseudonyms: Path | None = None
+    """Key file (`openssl rand -hex 32`): keys, groups and slide_ids of images become keyed hashes,
+    and their paths are left out. For tiles see `eosin tile`."""
     deny: Path | None = None
     """YAML file of what must not be trained on (`deny_list.DenyList`): nothing is built while the
     tiles hold any of it."""
@@ -125,6 +133,8 @@ class ShardConfig(ShardOptions):
             raise ValueError("give either images (tiles that exist) or tiles (of 'eosin tile')")
         if self.selection is not None and self.tiles is None:
             raise ValueError("selection goes with tiles, not with images")
+        if self.pseudonyms is not None and self.images is None:
+            raise ValueError("pseudonyms goes with images; tiles have theirs from 'eosin tile'")
         if self.pixels == "slides" and self.images is not None:
             raise ValueError("pixels=slides goes with tiles, not with images")
 
@@ -215,7 +225,8 @@ def deal(
 
 def _gather(config: ShardConfig) -> Records:
     if config.images is not None:
-        return image_records(config.images, config.keep)
+        pseudonyms = Pseudonyms(config.pseudonyms) if config.pseudonyms else None
+        return image_records(config.images, config.keep, pseudonyms)
     assert config.tiles is not None  # by the config's own check
     records = tile_records(config.tiles, config.selection, config.keep)
     if config.pixels == "slides":
@@ -259,6 +270,7 @@ def _job(
         records=records.take(pa.array(dealt[number])),
         from_slides=config.tiles is not None,
         jpeg_quality=config.jpeg_quality,
+        keep_metadata=config.keep_metadata,
         pixels=config.pixels,
         refused=refused or {},
     )

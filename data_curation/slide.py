@@ -305,4 +305,4 @@ def _open(path: Path) -> Any:
 
 
 def _one_line(error: Exception, path: Path) -> str:
-    return " ".join(str(error).replace(str(path), path.name).split())
+    return " ".join(str(error).replace(str(path), "the file").split())

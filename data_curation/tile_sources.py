@@ -17,6 +17,7 @@ from eosin.configs.errors import InputError
 from eosin.data_curation.embed import read_image
 from eosin.data_curation.images import image_records
 from eosin.data_curation.manifest import FEATURE_ROWS, SLIDES, Status, read_table
+from eosin.data_curation.pseudonyms import Pseudonyms
 from eosin.data_curation.records import Failure, Records, file_identity
 from eosin.data_curation.shard_reader import RecordError, ShardReader
 from eosin.data_curation.slide import RegionError
@@ -98,8 +99,10 @@ class SlideTileSource(TileSource):
 class ImageSource(TileSource):
     """Tile images that exist already, see `images.image_records`."""
 
-    def __init__(self, images: Path, keep: Sequence[str]) -> None:
-        records = image_records(images, keep)
+    def __init__(
+        self, images: Path, keep: Sequence[str], pseudonyms: Pseudonyms | None = None
+    ) -> None:
+        records = image_records(images, keep, pseudonyms)
         self.rows = _feature_rows(records)
         self._paths: list[str] = records.source["path"].to_pylist()
         identities = [file_identity(Path(path)) for path in self._paths]

@@ -6,7 +6,7 @@ are merged at the end. A second call reads only the slides whose file, mpp or re
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from eosin.configs.errors import EosinError, InputError, TooManyFailedError
 from eosin.data_curation.grid import make_grid
 from eosin.data_curation.isolation import Lost, run_isolated
 from eosin.data_curation.manifest import SLIDES, TILES, Status, read_table, write_table
+from eosin.data_curation.pseudonyms import Pseudonyms
 from eosin.data_curation.slide import RegionError, Slide
 from eosin.data_curation.slide_list import SlideSource, list_slides, slide_bytes
 from eosin.data_curation.slide_metadata import SlideError
@@ -51,6 +52,9 @@ class TileOptions:
     """From one tile to the next in pixels; 0: the size, so that tiles neither overlap nor gap."""
     min_tissue: float = 0.05
     """Share of tissue below which a tile is not read; selection has its own, higher one."""
+    pseudonyms: Path | None = None
+    """Key file (`openssl rand -hex 32`): slide_ids and groups become keyed hashes here and in all
+    that is made from this; slides.parquet alone has the slides' paths beside them."""
     workers: int = 0
     """Processes; 0: one per core."""
     timeout_s: float = 7200.0
@@ -99,7 +103,7 @@ def tile(config: TileConfig) -> None:
         EosinError: there is no tissue at all.
     """
     started = time.monotonic()
-    sources = _chosen(list_slides(config.slides), config.only)
+    sources = _chosen(_sources(config), config.only)
     config.out.mkdir(parents=True, exist_ok=True)
     jobs = [_job(source, config) for source in sources]
     records = {job.source.slide_id: _finished(job) for job in jobs}
@@ -116,10 +120,22 @@ def tile(config: TileConfig) -> None:
 
 def pieces(config: TileConfig) -> dict[str, int]:
     """The slides that are not tiled yet, with the size of their files in bytes."""
-    jobs = [_job(source, config) for source in list_slides(config.slides)]
+    jobs = [_job(source, config) for source in _sources(config)]
     return {
         job.source.slide_id: slide_bytes(job.source.path) for job in jobs if _finished(job) is None
     }
+
+
+def _sources(config: TileConfig) -> list[SlideSource]:
+    """The slides, under their pseudonyms where there is a key."""
+    sources = list_slides(config.slides)
+    if config.pseudonyms is None:
+        return sources
+    hidden = Pseudonyms(config.pseudonyms)
+    renamed = [
+        replace(s, slide_id=hidden.of(s.slide_id), group=hidden.of(s.group)) for s in sources
+    ]
+    return sorted(renamed, key=lambda source: source.slide_id)
 
 
 def _chosen(sources: list[SlideSource], only: Path | None) -> list[SlideSource]:
@@ -156,7 +172,7 @@ def _tile_all(todo: list[SlideJob], done: int, config: TileConfig) -> dict[str, 
 
 def plan(config: TileConfig) -> str:
     """What `tile` would do: slides, cells, time and memory. Reads metadata and a few tiles."""
-    sources = _chosen(list_slides(config.slides), config.only)
+    sources = _chosen(_sources(config), config.only)
     jobs = [_job(source, config) for source in sources]
     todo = [job for job in jobs if _finished(job) is None]
     cells, refused = 0, []
