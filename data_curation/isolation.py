@@ -7,6 +7,7 @@ that runs too long can be ended.
 
 import contextlib
 import multiprocessing
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,12 @@ class Lost:
 
 
 def run_isolated(
-    function: Callable[[J], R], jobs: Sequence[J], *, workers: int, timeout_s: float
+    function: Callable[[J], R],
+    jobs: Sequence[J],
+    *,
+    workers: int,
+    timeout_s: float,
+    max_bytes: int | None = None,
 ) -> Iterator[tuple[J, R | Lost]]:
     """Yields each job with its result, as it is done, or with how it was lost.
 
@@ -48,6 +54,7 @@ def run_isolated(
         jobs: its arguments.
         workers: processes at once.
         timeout_s: seconds after which a job's process is ended.
+        max_bytes: memory that a process may hold, on Linux; what asks for more fails, or dies.
     """
     waiting = list(reversed(jobs))
     idle: list[_Worker[J, R]] = []
@@ -55,7 +62,7 @@ def run_isolated(
     try:
         while waiting or busy:
             while waiting and len(busy) < workers:
-                worker = idle.pop() if idle else _Worker(function)
+                worker = idle.pop() if idle else _Worker(function, max_bytes)
                 busy.append(worker)
                 worker.start(waiting.pop(), timeout_s)
             remaining = min(worker.deadline for worker in busy) - time.monotonic()
@@ -85,8 +92,8 @@ class _Worker(Generic[J, R]):
     job: J
     deadline: float
 
-    def __init__(self, function: Callable[[J], R]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[J], R], max_bytes: int | None) -> None:
+        self.function, self.max_bytes = function, max_bytes
         self._spawn()
 
     def start(self, job: J, timeout_s: float) -> None:
@@ -118,7 +125,9 @@ class _Worker(Generic[J, R]):
     def _spawn(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.function), daemon=True)
+        self.process = context.Process(
+            target=_serve, args=(theirs, self.function, self.max_bytes), daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -128,7 +137,13 @@ class _Worker(Generic[J, R]):
         self.process.join()
 
 
-def _serve(pipe: "Connection[Any, Any]", function: Callable[[Any], Any]) -> None:
+def _serve(
+    pipe: "Connection[Any, Any]", function: Callable[[Any], Any], max_bytes: int | None
+) -> None:
+    if max_bytes is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = max_bytes if most == resource.RLIM_INFINITY else min(max_bytes, most)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
     follow_parent()
     while True:

@@ -22,6 +22,7 @@ from eosin.data_curation.quality import Quality, measure_quality
 from eosin.data_curation.slide import RegionError, Slide
 from eosin.data_curation.slide_list import SlideSource
 from eosin.data_curation.slide_metadata import SlideError
+from eosin.data_curation.tiff_header import check_tiff_header
 from eosin.data_curation.tissue import Tissue, find_tissue, mask_mpp
 from eosin.launch.artefacts import mark_done
 
@@ -63,6 +64,7 @@ def tile_slide(job: SlideJob) -> dict[str, Any]:
     (job.folder / MARKER).unlink(missing_ok=True)  # it would vouch for what is written now
     record = empty_record()
     try:
+        check_tiff_header(job.source.path)
         with Slide(job.source.path, job.source.mpp) as slide:
             record |= _describe(slide)
             slide.level_for(job.mpp)

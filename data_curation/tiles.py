@@ -59,11 +59,13 @@ class TileOptions:
     """Processes; 0: one per core."""
     timeout_s: float = 7200.0
     """Seconds after which a slide is given up."""
+    max_memory_gb: float = 8.0
+    """Memory that a process may hold, on Linux; a slide that asks for more is given up."""
     max_failed: float = 0.01
     """Share of slides (and of the tiles with tissue) that may fail without failing the command."""
 
     def __post_init__(self) -> None:
-        positive = ("mpp", "size_px", "timeout_s")
+        positive = ("mpp", "size_px", "timeout_s", "max_memory_gb")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -160,7 +162,13 @@ def _tile_all(todo: list[SlideJob], done: int, config: TileConfig) -> dict[str, 
     records = {}
     workers = min(count_workers(config.workers), len(todo))
     with Meter("tile", total=done + len(todo), unit="slides", done=done) as meter:
-        results = run_isolated(tile_slide, todo, workers=workers, timeout_s=config.timeout_s)
+        results = run_isolated(
+            tile_slide,
+            todo,
+            workers=workers,
+            timeout_s=config.timeout_s,
+            max_bytes=round(config.max_memory_gb * 1e9),
+        )
         for job, result in results:
             if isinstance(result, Lost):
                 lost = {"status": str(result.status), "reason": result.reason}
