@@ -48,6 +48,8 @@ class ShardJob:
     """Of tiles read from slides; images that exist already are not encoded again."""
     keep_metadata: bool = False
     """Of images that exist already: whether EXIF, comments and texts stay in them."""
+    pass_through: bool = True
+    """Of tiles read from slides: whether those that the slide holds as JPEGs keep their bytes."""
     pixels: Pixels = "copy"
     refused: Mapping[SlideUse, Failure] = field(default_factory=dict)
     """With ``pixels=slides``: slides that cannot serve their tiles."""
@@ -77,6 +79,7 @@ class ShardJob:
         return stamp_of(
             format=FORMAT,
             jpeg_quality=self.jpeg_quality if self.from_slides else None,
+            pass_through=self.pass_through if self.from_slides else None,
             keep_metadata=None if self.from_slides else self.keep_metadata,
             labels=labels,
             source=source.drop_columns("path").to_pydict(),
@@ -220,7 +223,7 @@ class TarWriter:
 def read_tiles(job: ShardJob) -> Iterator[EncodedTile | Failure]:
     """The encoded tile of each record in turn, or why there is none."""
     if job.from_slides:
-        return read_slide_tiles(job.records.source, job.jpeg_quality)
+        return read_slide_tiles(job.records.source, job.jpeg_quality, pass_through=job.pass_through)
     return read_images(job.records.source, keep_metadata=job.keep_metadata)
 
 

@@ -80,6 +80,9 @@ class ShardOptions:
     jpeg_quality: int = 90
     """Of tiles copied from slides, encoded 4:4:4; images that exist already are copied as they are
     encoded."""
+    pass_through: bool = True
+    """Whether tiles that a slide holds as JPEGs of their own (at its own scale, on its own grid)
+    are copied as they are, which is quicker and loses nothing; all others are encoded."""
     keep_metadata: bool = False
     """Whether EXIF, comments and texts stay in images that exist already: places where names of
     patients hide. Dropping them changes no pixel."""
@@ -270,6 +273,7 @@ def _job(
         records=records.take(pa.array(dealt[number])),
         from_slides=config.tiles is not None,
         jpeg_quality=config.jpeg_quality,
+        pass_through=config.pass_through,
         keep_metadata=config.keep_metadata,
         pixels=config.pixels,
         refused=refused or {},

@@ -17,6 +17,7 @@ from PIL import Image
 
 from eosin.configs.errors import EosinError
 from eosin.data_curation.area_mean import area_mean
+from eosin.data_curation.coded_tiles import CodedTiles, DecodedTiles
 from eosin.data_curation.manifest import Status
 from eosin.data_curation.slide_metadata import (
     Level,
@@ -75,13 +76,21 @@ class Slide:
     Args:
         path: any file that OpenSlide opens.
         mpp: µm per level-0 pixel (x, y) that replaces the file's own.
+        cache: of decoded tiles, which many slides may share; one of its own by default.
 
     Raises:
         SlideError: not a slide, damaged, or without a plausible mpp.
     """
 
-    def __init__(self, path: Path, mpp: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        mpp: tuple[float, float] | None = None,
+        cache: DecodedTiles | None = None,
+    ) -> None:
         self.path = path
+        self._cache = cache
+        self._coded: CodedTiles | None = None
         self._handle = _open(path)
         try:
             self._properties: dict[str, str] = dict(self._handle.properties)
@@ -108,6 +117,8 @@ class Slide:
     def close(self) -> None:
         """Closes the handle."""
         self._handle.close()
+        if self._coded is not None:
+            self._coded.close()
 
     def level_for(self, mpp: float) -> Level:
         """The coarsest level that is not coarser than `mpp`.
@@ -170,6 +181,23 @@ class Slide:
         ):
             raise RegionError("the tile reaches beyond the slide")
         return self._resample(level, box, (size_px, size_px), holes_are_white=False)
+
+    def coded_tile(
+        self, level0_x: float, level0_y: float, size_px: int, mpp: float
+    ) -> bytes | None:
+        """The file's own JPEG of a tile, where the tile is one of those that the slide is made of.
+
+        Arguments are those of `read_tile`, whose pixels it holds. None where there is none.
+        """
+        level = self._tile_level(mpp)
+        dx, dy = level.downsample
+        width, height = (size_px * mpp / axis for axis in self.mpp)
+        box = (level0_x / dx, level0_y / dy, (level0_x + width) / dx, (level0_y + height) / dy)
+        x, y = round(box[0]), round(box[1])
+        whole = (x, y, x + size_px, y + size_px)
+        if max(abs(a - b) for a, b in zip(box, whole, strict=True)) >= _WHOLE_PX:
+            return None
+        return self._coded_tiles().jpeg(level, (x, y, size_px, size_px))
 
     def overview(self, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The whole scanned area (`bounds_px`) at about `mpp` µm/px, read in bounded memory.
@@ -255,6 +283,29 @@ class Slide:
         self, level: Level, x: int, y: int, width: int, height: int, holes_are_white: bool
     ) -> NDArray[np.uint8]:
         """Level pixels [x, x + width) × [y, y + height) as RGB."""
+        if level.openslide_downsample % 1 == 0:  # else OpenSlide interpolates, see `_location`
+            pixels = self._coded_tiles().pixels(level, (x, y, width, height))
+            if pixels is not None:
+                return pixels
+        return self._read_openslide(level, x, y, width, height, holes_are_white)
+
+    def _coded_tiles(self) -> CodedTiles:
+        if self._coded is None:
+            cache = self._cache or DecodedTiles()
+            self._coded = CodedTiles(self.path, self.levels, self._openslide_pixels, cache)
+        return self._coded
+
+    def _openslide_pixels(
+        self, level: Level, place: tuple[int, int, int, int]
+    ) -> NDArray[np.uint8] | None:
+        try:
+            return self._read_openslide(level, *place, holes_are_white=False)
+        except RegionError:
+            return None
+
+    def _read_openslide(
+        self, level: Level, x: int, y: int, width: int, height: int, holes_are_white: bool
+    ) -> NDArray[np.uint8]:
         location = (_location(x, level), _location(y, level))
         try:
             region: Image.Image = self._handle.read_region(location, level.index, (width, height))

@@ -14,6 +14,7 @@ import numpy as np
 import openslide
 from numpy.typing import NDArray
 
+from eosin.data_curation.coded_tiles import DecodedTiles
 from eosin.data_curation.manifest import Status
 from eosin.data_curation.records import file_identity
 from eosin.data_curation.slide import RegionError, Slide
@@ -51,6 +52,7 @@ class SlidePool:
         self.max_open, self.cache_mb = max_open, cache_mb
         self._open: OrderedDict[_Source, _CachedSlide] = OrderedDict()
         self._cache = openslide.OpenSlideCache(cache_mb * 1_000_000)
+        self._decoded = DecodedTiles(cache_mb)
 
     def __reduce__(self) -> tuple[type[Self], tuple[int, int]]:
         return type(self), (self.max_open, self.cache_mb)
@@ -104,7 +106,8 @@ class SlidePool:
         while len(self._open) >= self.max_open:
             self._open.popitem(last=False)[1].close()
         try:
-            slide = _CachedSlide(Path(source.path), mpp=(source.mpp_x, source.mpp_y))
+            mpp = (source.mpp_x, source.mpp_y)
+            slide = _CachedSlide(Path(source.path), mpp, self._decoded)
         except SlideError as error:
             raise SlideError(error.status, f"{source.path}: {error.reason}") from error
         slide.use(self._cache)

@@ -132,15 +132,30 @@ def refuse_reference_columns(records: Records) -> None:
         )
 
 
-def read_slide_tiles(source: pa.Table, jpeg_quality: int) -> Iterator[EncodedTile | Failure]:
-    """Each tile of `source`, read and encoded; a slide is opened once for a run of its tiles."""
+def read_slide_tiles(
+    source: pa.Table, jpeg_quality: int, *, pass_through: bool
+) -> Iterator[EncodedTile | Failure]:
+    """Each tile of `source`, encoded; a slide is opened once for a run of its tiles.
+
+    Args:
+        source: as in `Records`, of tiles.
+        jpeg_quality: of tiles that are encoded here.
+        pass_through: whether a tile that the slide holds as a JPEG keeps its bytes; `eosin tile`
+            has decoded it before.
+    """
     rows = source.to_pylist()
     for (path, *mpp), tiles in groupby(rows, key=lambda r: (r["path"], r["mpp_x"], r["mpp_y"])):
-        yield from _read_slide(Path(path), (mpp[0], mpp[1]), list(tiles), jpeg_quality)
+        yield from _read_slide(
+            Path(path), (mpp[0], mpp[1]), list(tiles), jpeg_quality, pass_through
+        )
 
 
 def _read_slide(
-    path: Path, mpp: tuple[float, float], tiles: list[dict[str, Any]], jpeg_quality: int
+    path: Path,
+    mpp: tuple[float, float],
+    tiles: list[dict[str, Any]],
+    jpeg_quality: int,
+    pass_through: bool,
 ) -> Iterator[EncodedTile | Failure]:
     try:
         slide = Slide(path, mpp=mpp)
@@ -149,11 +164,20 @@ def _read_slide(
         return
     with slide:
         for tile in tiles:
+            place = (tile["level0_x"], tile["level0_y"], tile["size_px"], tile["requested_mpp"])
             try:
-                pixels = slide.read_tile(
-                    tile["level0_x"], tile["level0_y"], tile["size_px"], tile["requested_mpp"]
-                )
+                coded = slide.coded_tile(*place) if pass_through else None
+                if coded is None:
+                    encoded = encode_tile(slide.read_tile(*place), jpeg_quality)
+                else:
+                    encoded = EncodedTile(
+                        data=coded,
+                        suffix="jpg",
+                        width_px=tile["size_px"],
+                        height_px=tile["size_px"],
+                        has_metadata=False,
+                    )
             except (RegionError, SlideError) as error:
                 yield Failure(status=Status.UNREADABLE, reason=str(error))
             else:
-                yield encode_tile(pixels, jpeg_quality)
+                yield encoded

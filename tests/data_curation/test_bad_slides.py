@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile.slides import MPP, SIDE_PX, TILE_PX, BadSlide, good_pixels, write_bad_slides
+from hostile.bad_slides import MPP, SIDE_PX, TILE_PX, BadSlide, good_pixels, write_bad_slides
 
 from eosin.configs.errors import TooManyFailedError
 from eosin.configs.load import load_config

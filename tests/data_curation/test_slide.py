@@ -184,7 +184,7 @@ def test_a_truncated_slide_is_unreadable(tmp_path: Path, write_slide: WriteSlide
     path = write_slide(tmp_path / "s.tiff", [noise(512, 512)])
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 3 // 4])
-    with pytest.raises(SlideError, match=r"not readable: .*s\.tiff") as refusal:
+    with pytest.raises(SlideError, match=r"not readable: .*the file") as refusal:
         Slide(path)
     assert refusal.value.status == Status.UNREADABLE
     assert str(tmp_path) not in refusal.value.reason
