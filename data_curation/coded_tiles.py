@@ -32,6 +32,7 @@ _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 """Says that the three components are red, green and blue, where a decoder would take YCbCr."""
 _END_OF_IMAGE = b"\xff\xd9"
 _PROBES = 2
+_CLOSE = 12.0  # grey values, on average: half a pixel's shift of sharp tissue is less
 _CACHE_MB = 8
 
 
@@ -164,13 +165,21 @@ class CodedTiles:
         return self._known[level.index]
 
     def _same(self, level: Level, coded: _CodedLevel) -> bool:
+        """Whether some tiles are OpenSlide's.
+
+        Where the level's factor is not whole (2.0002), OpenSlide gives a level's own pixels from
+        its corner alone, and interpolates between them elsewhere: there they must only be close.
+        """
+        exact = level.openslide_downsample % 1 == 0
         present = np.flatnonzero(coded.counts > 0)
-        for index in present[np.linspace(0, len(present) - 1, _PROBES + 2).astype(int)[1:-1]]:
+        probes = present[np.linspace(0, len(present) - 1, _PROBES + 2).astype(int)[1:-1]]
+        for index in probes if exact else [0, *probes]:
             place = coded.inside(int(index))
             theirs, ours = self._read_openslide(level, place), self._decode(coded, int(index))
             if theirs is None or ours is None:
                 return False
-            if not np.array_equal(theirs, ours[: place[3], : place[2]]):
+            apart = np.abs(theirs.astype(np.int16) - ours[: place[3], : place[2]])
+            if apart.mean() > (0 if exact or index == 0 else _CLOSE):
                 return False
         return len(present) > 0
 

@@ -37,13 +37,14 @@ class Quality:
 
 def measure_quality(rgb: NDArray[np.uint8], mpp: float) -> Quality:
     """The quality of a tile, RGB uint8 [h, w, 3] at `mpp` µm/px."""
-    red, green, blue = cv2.split(rgb)
+    planes = _planes(rgb)
+    red, green, blue = planes
     darkest = cv2.min(cv2.min(red, green), blue)
     brightest = cv2.max(cv2.max(red, green), blue)
     return Quality(
         white_fraction=_share(darkest >= WHITE),
         dark_fraction=_share(brightest <= DARK),
-        pen_fraction=_share(pen_mask(rgb)),
+        pen_fraction=_share(_pen(rgb, planes)),
         sharpness=measure_sharpness(rgb, mpp),
     )
 
@@ -70,7 +71,12 @@ def pen_mask(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
     and no red; dense erythrocytes come close, so a little of it is found in vessels. Black ink has
     no colour and counts as dark.
     """
-    red, green, blue = cv2.split(rgb)
+    return _pen(rgb, _planes(rgb))
+
+
+def _pen(rgb: NDArray[np.uint8], planes: list[NDArray[np.uint8]]) -> NDArray[np.bool_]:
+    """See `pen_mask`; `planes` are the channels."""
+    red, green, blue = planes
     over, blue_over = cv2.subtract(green, red), cv2.subtract(blue, red)  # 0 where red is more
     possible = (over > _INK_MARGIN) | (blue_over > 2 * _INK_MARGIN)
     possible |= (red > _RED_INK_RED) & (green < _RED_INK_GREEN)
@@ -87,6 +93,10 @@ def pen_mask(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
     red_ink = (d_red < 0.25) & (d_green > 0.9) & (d_blue > 0.75 * d_green)
     pen.ravel()[places] = green_ink | blue_ink | red_ink
     return pen
+
+
+def _planes(rgb: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    return [np.asarray(plane, np.uint8) for plane in cv2.split(rgb)]
 
 
 def _share(mask: NDArray[np.bool_]) -> float:

@@ -253,21 +253,19 @@ class Slide:
         x, y = round(box[0]), round(box[1])
         whole = (x, y, x + size[0], y + size[1])
         if max(abs(a - b) for a, b in zip(box, whole, strict=True)) < _WHOLE_PX:
-            return self._read(level, x, y, *size, holes_are_white)
+            return self._read(level, x, y, *size, holes_are_white)[0]
         step = ((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
         x0, x1 = self._span(level, 0, box[0], box[2])
-        start = _location(x0, level) / level.openslide_downsample  # where the pixels really begin
-        offsets = np.arange(size[0] + 1, dtype=np.float64)
-        x_edges = _inside(box[0] + step[0] * offsets - start, x1 - x0)
+        x_edges = box[0] + step[0] * np.arange(size[0] + 1, dtype=np.float64)
         rows = max(1, int(_STRIP_PX / (x1 - x0) / step[1]))
         parts = []
         for first in range(0, size[1], rows):
             last = min(first + rows, size[1])
             y_edges = box[1] + step[1] * np.arange(first, last + 1, dtype=np.float64)
             y0, y1 = self._span(level, 1, y_edges[0], y_edges[-1])
-            strip = self._read(level, x0, y0, x1 - x0, y1 - y0, holes_are_white)
-            start = _location(y0, level) / level.openslide_downsample
-            parts.append(area_mean(strip, x_edges, _inside(y_edges - start, y1 - y0)))
+            strip, (left, top) = self._read(level, x0, y0, x1 - x0, y1 - y0, holes_are_white)
+            columns, rows_at = _inside(x_edges - left, x1 - x0), _inside(y_edges - top, y1 - y0)
+            parts.append(area_mean(strip, columns, rows_at))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _span(self, level: Level, axis: int, low: float, high: float) -> tuple[int, int]:
@@ -281,13 +279,14 @@ class Slide:
 
     def _read(
         self, level: Level, x: int, y: int, width: int, height: int, holes_are_white: bool
-    ) -> NDArray[np.uint8]:
-        """Level pixels [x, x + width) × [y, y + height) as RGB."""
-        if level.openslide_downsample % 1 == 0:  # else OpenSlide interpolates, see `_location`
-            pixels = self._coded_tiles().pixels(level, (x, y, width, height))
-            if pixels is not None:
-                return pixels
-        return self._read_openslide(level, x, y, width, height, holes_are_white)
+    ) -> tuple[NDArray[np.uint8], tuple[float, float]]:
+        """Level pixels [x, x + width) × [y, y + height) as RGB, and where they really begin."""
+        pixels = self._coded_tiles().pixels(level, (x, y, width, height))
+        if pixels is not None:
+            return pixels, (x, y)
+        begin = tuple(_location(side, level) / level.openslide_downsample for side in (x, y))
+        pixels = self._read_openslide(level, x, y, width, height, holes_are_white)
+        return pixels, (begin[0], begin[1])
 
     def _coded_tiles(self) -> CodedTiles:
         if self._coded is None:

@@ -255,6 +255,14 @@ VERBS: dict[str, Verb] = {
         "eosin bench kmeans --json kmeans.json",
         options=("json",),
     ),
+    "bench tile": Verb(
+        "eosin.launch.bench_tile",
+        "BenchTileConfig",
+        "bench_tile",
+        "tiles/s a core from a slide, against the usual loop of OpenSlide and Pillow",
+        "eosin bench tile slide=/data/slides/one.svs --json tile.json",
+        options=("json",),
+    ),
     "bench layouts": Verb(
         "eosin.launch.bench_layouts",
         "BenchStepConfig",
