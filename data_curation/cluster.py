@@ -8,7 +8,6 @@ iteration of the first level is kept until then, so a killed command goes on the
 import itertools
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 
 from eosin.configs.errors import InputError
+from eosin.data_curation.cluster_config import (
+    MARKER_NAME,
+    TABLE_NAME,
+    ClusterConfig,
+    ClusterOptions,
+)
 from eosin.data_curation.features import FeatureStore, open_features
 from eosin.data_curation.hierarchy import build_level
 from eosin.data_curation.kmeans import Progress, distances
@@ -26,77 +31,15 @@ from eosin.data_curation.kmeans_fit import FitSettings, fit
 from eosin.data_curation.kmeans_points import share_of
 from eosin.data_curation.manifest import CLUSTERS, write_table
 from eosin.launch.artefacts import is_done, mark_done, replacing, stamp_of, write_bytes
-from eosin.launch.process import DeviceName, World, choose_device, join_world
+from eosin.launch.process import World, choose_device, join_world
 from eosin.launch.progress import Meter, format_seconds
 
 FORMAT = 1
 """Raise it when the same features and config give other clusters."""
-TABLE_NAME, MARKER_NAME = "clusters.parquet", "clusters.json"
 TILES_PER_CLUSTER = 200
 """Of the finest level where `levels` is left empty."""
 _WORK = ".work"
 _WAIT_S = 24 * 3600.0  # for the other ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterOptions:
-    """How features are clustered."""
-
-    levels: list[int] = field(default_factory=list)
-    """Clusters of each level, the finest first, e.g. [10000,1000,100]; each further one clusters
-    the centroids of the one before. Empty: one level with a cluster for 200 tiles."""
-    iterations: int = 25
-    """Of Lloyd, at most."""
-    tolerance: float = 1e-4
-    """An iteration that lowers the inertia by less than this share of it is the last."""
-    points_per_centroid: int = 0
-    """Tiles a cluster that centroids are fitted to; all tiles are assigned at the end. 0: all;
-    256 serves for very large sets."""
-    cosine: bool = False
-    """Whether features are scaled to unit length first, so that only their direction counts."""
-    resamples: int = 10
-    """Resamplings of each level above the first (Vo et al. 2024)."""
-    closest: int = 0
-    """Centroids taken of each cluster at a resampling; 0: half of the mean cluster's."""
-    within_slide: int = 0
-    """Clusters inside each slide beside the others, fewer where a slide is small; 0: none."""
-    seed: int = 0
-    """Of all draws."""
-    device: DeviceName = "auto"
-    """``auto``: a GPU where there is one, that of the local rank."""
-
-    def __post_init__(self) -> None:
-        if any(k < 1 for k in self.levels):
-            raise ValueError(f"levels={self.levels} must be at least 1 each")
-        if any(below <= above for below, above in itertools.pairwise(self.levels)):
-            raise ValueError(f"levels={self.levels} must fall from the finest to the coarsest")
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, not {self.iterations}")
-        for name in ("tolerance", "points_per_centroid", "resamples", "closest", "within_slide"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed must be 0 to 2^63 - 1, not {self.seed}")
-
-    @property
-    def settings(self) -> FitSettings:
-        """Of the first level's fit."""
-        return FitSettings(
-            iterations=self.iterations,
-            tolerance=self.tolerance,
-            points_per_centroid=self.points_per_centroid,
-            seed=self.seed,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig(ClusterOptions):
-    """Features to clusters."""
-
-    features: Path
-    """A feature store, of `eosin embed`."""
-    out: Path
-    """Folder for clusters.parquet and the centroids."""
 
 
 def cluster(config: ClusterConfig) -> None:
@@ -146,6 +89,16 @@ def resolve_levels(options: ClusterOptions, n_rows: int) -> list[int]:
     return levels
 
 
+def settings_of(options: ClusterOptions) -> FitSettings:
+    """Of the first level's fit."""
+    return FitSettings(
+        iterations=options.iterations,
+        tolerance=options.tolerance,
+        points_per_centroid=options.points_per_centroid,
+        seed=options.seed,
+    )
+
+
 def stamp_for(options: ClusterOptions, store: FeatureStore, levels: list[int]) -> str:
     """The stamp of the finished clusters; the device is not part of it."""
     keys = ("iterations", "tolerance", "points_per_centroid", "cosine", "resamples", "closest")
@@ -180,7 +133,7 @@ def _cluster(
             found = fit(
                 store.features,
                 levels[0],
-                config.settings,
+                settings_of(config),
                 world=world,
                 device=device,
                 unit=config.cosine,
@@ -205,7 +158,7 @@ def _cluster(
             level = build_level(
                 centroids[-1],
                 k,
-                config.settings,
+                settings_of(config),
                 resamples=config.resamples,
                 closest=config.closest,
                 device=device,
@@ -296,7 +249,9 @@ def _within_slides(
         for start, stop in touched:
             rows = store.features[start:stop]
             k = min(config.within_slide, stop - start)
-            found = fit(rows, k, config.settings, world=World(), device=device, unit=config.cosine)
+            found = fit(
+                rows, k, settings_of(config), world=World(), device=device, unit=config.cosine
+            )
             placed = torch.from_numpy(found.centroids).to(device)
             clusters[start:stop] = found.labels.cpu().numpy()
             apart[start:stop] = distances(found.points, placed, found.labels).cpu().numpy()

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eosin.configs.errors import EosinError, TooManyFailedError
-from eosin.data_curation.cluster import MARKER_NAME as CLUSTERS_MARKER
-from eosin.data_curation.cluster import ClusterConfig, ClusterOptions, cluster
+from eosin.data_curation.cluster_config import MARKER_NAME as CLUSTERS_MARKER
+from eosin.data_curation.cluster_config import ClusterConfig, ClusterOptions
 from eosin.data_curation.costs import charged, cost_lines, read_costs
-from eosin.data_curation.dedupe import DedupeConfig, DedupeOptions, dedupe
+from eosin.data_curation.dedupe_config import DedupeConfig, DedupeOptions
 from eosin.data_curation.deny_list import read_deny
-from eosin.data_curation.embed_tiles import META_NAME, EmbedConfig, EmbedOptions, embed
+from eosin.data_curation.embed_config import META_NAME, EmbedConfig, EmbedOptions
 from eosin.data_curation.manifest import (
     FEATURE_ROWS,
     INDEX,
@@ -232,27 +232,27 @@ def _stages(config: CurateConfig) -> Iterator[_Stage]:
     if config.embed.encoder:
         yield _Stage(
             name="embed",
-            run=lambda: embed(config.embed_config),
+            run=lambda: _embed(config.embed_config),
             marker=config.out / "features" / META_NAME,
             count=lambda: open_table(features, FEATURE_ROWS).metadata.num_rows,
         )
         yield _Stage(
             name="cluster",
-            run=lambda: cluster(config.cluster_config),
+            run=lambda: _cluster(config.cluster_config),
             marker=config.out / "clusters" / CLUSTERS_MARKER,
             count=lambda: open_table(features, FEATURE_ROWS).metadata.num_rows,
         )
     if config.needs_prints:
         yield _Stage(
             name="prints",
-            run=lambda: embed(config.prints_config),
+            run=lambda: _embed(config.prints_config),
             marker=config.out / "prints" / META_NAME,
             count=lambda: open_table(prints, FEATURE_ROWS).metadata.num_rows,
         )
     if config.without_duplicates:
         yield _Stage(
             name="dedupe",
-            run=lambda: dedupe(config.dedupe_config),
+            run=lambda: _dedupe(config.dedupe_config),
             marker=config.dedupe_config.out.with_suffix(".json"),
             count=lambda: open_table(prints, FEATURE_ROWS).metadata.num_rows,
         )
@@ -268,6 +268,24 @@ def _stages(config: CurateConfig) -> Iterator[_Stage]:
         marker=config.shard_config.out / MARKER_NAME,
         count=lambda: open_table(config.shard_config.out / INDEX_NAME, INDEX).metadata.num_rows,
     )
+
+
+def _embed(config: EmbedConfig) -> None:
+    from eosin.data_curation.embed_tiles import embed  # here: it needs torch, which takes seconds
+
+    embed(config)
+
+
+def _cluster(config: ClusterConfig) -> None:
+    from eosin.data_curation.cluster import cluster
+
+    cluster(config)
+
+
+def _dedupe(config: DedupeConfig) -> None:
+    from eosin.data_curation.dedupe import dedupe
+
+    dedupe(config)
 
 
 def _select(config: CurateConfig) -> None:

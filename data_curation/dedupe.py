@@ -17,12 +17,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eosin.configs.errors import InputError
-from eosin.data_curation.cluster import MARKER_NAME as CLUSTERS_MARKER
+from eosin.data_curation.cluster_config import MARKER_NAME as CLUSTERS_MARKER
+from eosin.data_curation.dedupe_config import DedupeConfig
 from eosin.data_curation.duplicate_blocks import blocks
 from eosin.data_curation.duplicate_groups import stand_ins
 from eosin.data_curation.duplicate_search import Pairs, Spectra, find_pairs, join
 from eosin.data_curation.duplicate_slides import SlideFile, find_slide_pairs
-from eosin.data_curation.features import FeatureStore, open_features
+from eosin.data_curation.features import FeatureStore
 from eosin.data_curation.manifest import (
     DUPLICATES,
     SLIDES,
@@ -31,7 +32,7 @@ from eosin.data_curation.manifest import (
     read_table,
     write_table,
 )
-from eosin.data_curation.tile_print import DIM, VERSION, hashes
+from eosin.data_curation.tile_print import VERSION, hashes, open_prints
 from eosin.data_curation.worker_pool import count_workers
 from eosin.launch.artefacts import file_digest, is_done, mark_done, read_json, stamp_of
 from eosin.launch.progress import Meter, format_seconds
@@ -40,47 +41,6 @@ FORMAT = 1
 """Raise it when the same prints and options give another table."""
 _NAMED = 5  # pairs of slides that are named
 _MANY = 200_000  # tiles from which all with all takes long
-
-
-@dataclass(frozen=True, kw_only=True)
-class DedupeOptions:
-    """What counts as a repetition."""
-
-    similarity: float = 0.45
-    """Correlation of two prints from which their tiles show the same tissue. Copies that were
-    compressed, rescanned or moved by up to an eighth of a tile have 0.6 and more, others at most
-    about 0.3."""
-    turns: bool = False
-    """Whether turned and flipped copies count too; slower."""
-    neighbours: int = 8
-    """Clusters next to a tile's own in which its copies are looked for."""
-    slides: bool = True
-    """Whether slides are looked at as a whole too: of one that was scanned twice, the scan with
-    fewer tiles is left out."""
-    workers: int = 0
-    """Processes that look at slides; 0 is one per core."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.similarity <= 1:
-            raise ValueError(f"similarity must be above 0 and at most 1, not {self.similarity}")
-        for name in ("neighbours", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DedupeConfig(DedupeOptions):
-    """Prints to a table of duplicates."""
-
-    prints: Path
-    """A feature store of `eosin embed encoder=builtin:tile-print`."""
-    out: Path
-    """The table, e.g. curated/duplicates.parquet."""
-    tiles: Path | None = None
-    """The folder that `eosin tile` wrote: of copies the sharpest then stays, and slides can be
-    looked at as a whole."""
-    clusters: Path | None = None
-    """Folder of `eosin cluster` of these tiles (by any encoder): copies are looked for near by."""
 
 
 @dataclass(frozen=True)
@@ -141,21 +101,6 @@ def plan(config: DedupeConfig) -> str:
     found = list(blocks(config.clusters, config.neighbours, store, np.arange(n)))
     pairs = sum(len(own) * (len(own) - 1) / 2 + len(own) * len(near) for own, near in found)
     return f"{n} prints in {len(found)} clusters: {pairs:.3g} comparisons of spectra"
-
-
-def open_prints(folder: Path) -> FeatureStore:
-    """A store of prints.
-
-    Raises:
-        InputError: there is none, or its features are no prints of this version.
-    """
-    store = open_features(folder)
-    if store.meta.get("encoder") != "tile-print" or store.features.shape[1] != DIM:
-        raise InputError(
-            f"{folder} holds features by {store.meta.get('encoder')}, not prints; make them by "
-            "eosin embed encoder=builtin:tile-print"
-        )
-    return store
 
 
 def stamp_for(config: DedupeConfig, store: FeatureStore) -> str:

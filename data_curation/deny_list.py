@@ -5,8 +5,9 @@ build while one is left, so that a set that leaks does not come to be, whatever 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +17,15 @@ from numpy.typing import NDArray
 
 from eosin.configs.errors import EosinError, InputError
 from eosin.configs.load import load_config
-from eosin.data_curation.dedupe import open_prints
-from eosin.data_curation.duplicate_search import Pairs, Spectra, find_pairs
 from eosin.data_curation.features import FeatureStore
 from eosin.data_curation.manifest import LEAKS, write_table
 from eosin.data_curation.pseudonyms import PREFIX, Pseudonyms
+from eosin.data_curation.tile_print import open_prints
 from eosin.launch.artefacts import file_digest, stamp_of
 from eosin.launch.progress import Meter
+
+if TYPE_CHECKING:
+    from eosin.data_curation.duplicate_search import Pairs
 
 LEAKS_NAME = "leaks.parquet"
 _ROWS = 100_000  # prints of the training set that are compared at once
@@ -176,6 +179,8 @@ class Gate:
                 f"({place.null_count} tiles in all), and without it nobody knows whether it leaks: "
                 "make the prints of all tiles"
             )
+        from eosin.data_curation.duplicate_search import Spectra, find_pairs  # here: it needs torch
+
         rows = place.to_numpy()
         images, found = np.full(len(rows), "", object), np.full(len(rows), np.nan, np.float32)
         with Meter("guard", len(rows) * len(self._images), "tiles") as meter:
@@ -257,9 +262,14 @@ def _some(prints: NDArray[np.float16]) -> NDArray[np.float16]:
     return prints[np.unique(np.linspace(0, len(prints) - 1, 25_000).astype(np.int64))]
 
 
-def _best(pairs: Pairs) -> Pairs:
+def _best(pairs: "Pairs") -> "Pairs":
     """Of each first item the pair with the highest similarity."""
     order = np.lexsort((pairs.second, -pairs.similarity, pairs.first))
     first = pairs.first[order]
     keep = order[np.diff(first, prepend=-1) != 0]
-    return Pairs(pairs.first[keep], pairs.second[keep], pairs.similarity[keep])
+    return replace(
+        pairs,
+        first=pairs.first[keep],
+        second=pairs.second[keep],
+        similarity=pairs.similarity[keep],
+    )

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from eosin.configs.errors import InputError
-from eosin.data_curation.cluster import TABLE_NAME
+from eosin.data_curation.cluster_config import TABLE_NAME
 from eosin.data_curation.features import FeatureStore
 from eosin.data_curation.manifest import CLUSTERS, open_table
 

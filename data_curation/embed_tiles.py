@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,22 +23,16 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from eosin.configs.errors import InputError, TooManyFailedError
+from eosin.data_curation.embed_config import EmbedConfig
 from eosin.data_curation.encoder import Encoder, load_encoder
 from eosin.data_curation.features import as_half, features_stamp, has_features, join_features
 from eosin.data_curation.manifest import FEATURES_FAILED, read_table, write_table
 from eosin.data_curation.pseudonyms import Pseudonyms
-from eosin.data_curation.records import Failure, check_rules
+from eosin.data_curation.records import Failure
 from eosin.data_curation.tile_sources import ImageSource, ShardSource, SlideTileSource, TileSource
 from eosin.data_curation.worker_pool import count_workers
 from eosin.launch.artefacts import is_done, mark_done, stamp_of, write_bytes
-from eosin.launch.process import (
-    DeviceName,
-    PrecisionName,
-    World,
-    choose_device,
-    choose_precision,
-    join_world,
-)
+from eosin.launch.process import World, choose_device, choose_precision, join_world
 from eosin.launch.progress import Meter, format_seconds
 
 R = TypeVar("R")
@@ -49,73 +42,9 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 256, 16384
 `MANY_BLOCKS` files, whatever the number of processes."""
 MANY_BLOCKS = 4096
 FAILED_NAME = "failed.parquet"
-META_NAME = "meta.json"
 _PARTS = ".parts"
 _TRIED = 32  # tiles that a plan embeds
 _WAIT_S = 24 * 3600.0  # for the other ranks: one may have slower slides
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedOptions:
-    """By what tiles become features."""
-
-    encoder: str = ""
-    """A folder of ours or timm's, a run folder, ``timm:NAME``, ``timm:hf-hub:ORG/NAME``, or
-    ``builtin:stain-texture``, which needs no weights; ``@cls``, ``@mean``, ``@clsmean`` or
-    ``@native`` behind it chooses the pooling."""
-    batch_size: int = 64
-    """Tiles a forward pass. Another one may change features in their last bits."""
-    threads: int = 0
-    """Threads of a process that read and prepare tiles; 0: one per core."""
-    device: DeviceName = "auto"
-    """``auto``: a GPU where there is one, that of the local rank."""
-    precision: PrecisionName = "auto"
-    """Of the network: ``auto`` is bf16 on GPUs that have it, fp32 elsewhere."""
-    max_failed: float = 0.01
-    """Share of the tiles that may be unreadable before the command ends with an error (everything
-    else is finished and kept)."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-        if self.threads < 0:
-            raise ValueError(f"threads must not be negative, not {self.threads}")
-        if not 0 <= self.max_failed <= 1:
-            raise ValueError(f"max_failed must be between 0 and 1, not {self.max_failed}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedConfig(EmbedOptions):
-    """Tiles to features: of `tiles`, of `images` or of `shards`."""
-
-    out: Path
-    """Folder of the feature store."""
-    tiles: Path | None = None
-    """A folder that `eosin tile` or `eosin curate` wrote; pixels are read from the slides."""
-    selection: Path | None = None
-    """A selection.parquet of those tiles; without it, all tiles that could be read."""
-    images: Path | None = None
-    """A folder of tile images, or a CSV table with `path`, as for `eosin shard`."""
-    shards: str | None = None
-    """A folder of finished shards, or its URL."""
-    pseudonyms: Path | None = None
-    """Key file of `eosin shard images=… pseudonyms=…`: the same names for the same images."""
-    keep: list[str] = field(default_factory=list)
-    """Rules that a tile must satisfy, as for `eosin shard`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rules(self.keep)
-        if not self.encoder:
-            raise ValueError("encoder is missing, e.g. encoder=builtin:stain-texture")
-        if sum(given is not None for given in (self.tiles, self.images, self.shards)) != 1:
-            raise ValueError("give one of tiles, images and shards")
-        if self.pseudonyms is not None and self.images is None:
-            raise ValueError("pseudonyms goes with images; tiles and shards have theirs")
-        if self.selection is not None and self.tiles is None:
-            raise ValueError("selection goes with tiles")
-        if self.keep and self.shards is not None:
-            raise ValueError("keep goes with tiles or images; shards are taken whole")
 
 
 def embed(config: EmbedConfig) -> None:

@@ -22,7 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 
 from eosin.configs.errors import ConfigError, InputError
-from eosin.data_curation.cluster import MARKER_NAME, TABLE_NAME
+from eosin.data_curation.cluster_config import MARKER_NAME, TABLE_NAME
 from eosin.data_curation.cluster_sheets import KINDS, Sheet, choose, draw_sheet
 from eosin.data_curation.manifest import CLUSTERS, SLIDES, TILES, open_table, read_table
 from eosin.data_curation.review_file import read_review

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from eosin.configs.errors import ConfigError, EosinError, InputError
 from eosin.data_curation.balance import measure_balance
-from eosin.data_curation.cluster import MARKER_NAME as CLUSTERS_MARKER
+from eosin.data_curation.cluster_config import MARKER_NAME as CLUSTERS_MARKER
 from eosin.data_curation.deny_list import Gate
 from eosin.data_curation.manifest import DUPLICATES, SELECTION, Status, read_table, write_table
 from eosin.data_curation.patient_split import SplitOptions, in_part

@@ -5,10 +5,15 @@ Brightness goes first (log of grey), then everything that changes slowly and how
 it was. `duplicate_match` compares prints.
 """
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from eosin.configs.errors import InputError
+from eosin.data_curation.features import FeatureStore, open_features
 
 SIDE = 32
 """Of the picture, in px: an eighth of the tile is 4."""
@@ -50,6 +55,21 @@ def hashes(prints: npt.NDArray[np.floating]) -> npt.NDArray[np.void]:
     """The hashes of prints [N, DIM]: [N], of 16 bytes each."""
     numbers = np.asarray(prints[:, SIDE * SIDE :]).astype(np.uint8)
     return np.ascontiguousarray(numbers).view(np.dtype((np.void, HASH_BYTES))).ravel()
+
+
+def open_prints(folder: Path) -> FeatureStore:
+    """A store of prints.
+
+    Raises:
+        InputError: there is none, or its features are no prints of this version.
+    """
+    store = open_features(folder)
+    if store.meta.get("encoder") != "tile-print" or store.features.shape[1] != DIM:
+        raise InputError(
+            f"{folder} holds features by {store.meta.get('encoder')}, not prints; make them by "
+            "eosin embed encoder=builtin:tile-print"
+        )
+    return store
 
 
 def _blurred(plane: npt.NDArray[np.floating]) -> Array:

@@ -24,7 +24,8 @@ from eosin.eval.scoring import compare, score
 from eosin.eval.statistics import FEW_GROUPS
 from eosin.eval.tasks import Task, TaskConfig, load_task
 from eosin.launch.artefacts import write_json
-from eosin.launch.process import DeviceName, choose_device
+from eosin.launch.device_names import DeviceName
+from eosin.launch.process import choose_device
 from eosin.launch.progress import format_seconds
 
 

@@ -30,8 +30,9 @@ from eosin.eval.watch import (
 )
 from eosin.launch.artefacts import file_digest, write_text
 from eosin.launch.curves import loss_curves
+from eosin.launch.device_names import DeviceName
 from eosin.launch.metrics import dump_lines, read_lines
-from eosin.launch.process import DeviceName, World, choose_device
+from eosin.launch.process import World, choose_device
 from eosin.launch.status import read_status
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.export import CHECKSUMS, EncoderCard, write_encoder

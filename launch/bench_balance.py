@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eosin.configs.load import load_config
-from eosin.data_curation.cluster import ClusterConfig, cluster
-from eosin.data_curation.embed_tiles import EmbedConfig, embed
+from eosin.data_curation.cluster import cluster
+from eosin.data_curation.cluster_config import ClusterConfig
+from eosin.data_curation.embed_config import EmbedConfig
+from eosin.data_curation.embed_tiles import embed
 from eosin.data_curation.manifest import PREDICTIONS, TILES, Status, read_table, write_table
 from eosin.data_curation.sample import SampleConfig, sample
 from eosin.data_curation.selection import SelectConfig, broken_rules

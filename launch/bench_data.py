@@ -44,8 +44,9 @@ from eosin.launch.bench_pipelines import (
 from eosin.launch.bench_stages import STAGES, OurStages, PillowStages, Stages
 from eosin.launch.bench_step import SIZES, BenchStepConfig, step_shape
 from eosin.launch.bench_tiles import SECTION_PX, made_up_shards
+from eosin.launch.device_names import DeviceName
 from eosin.launch.peak import PEAK_TFLOPS
-from eosin.launch.process import DeviceName, choose_device
+from eosin.launch.process import choose_device
 from eosin.launch.stopwatch import seconds_now, wait_for
 from eosin.pretrain.augment import AugmentConfig
 from eosin.pretrain.batch import Batch, Inputs

@@ -22,7 +22,8 @@ from eosin.data_curation.kmeans import Progress
 from eosin.data_curation.kmeans_fit import FitSettings, fit
 from eosin.launch.bench import Row, in_turn, less_is_better, report
 from eosin.launch.cards import CORE_TFLOPS, card_called
-from eosin.launch.process import DeviceName, World, choose_device
+from eosin.launch.device_names import DeviceName
+from eosin.launch.process import World, choose_device
 
 SAME = 1.001
 """Inertias within this factor count as the same."""

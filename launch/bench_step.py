@@ -21,16 +21,10 @@ from eosin.launch.bench import (
 )
 from eosin.launch.bench_sides import PARTS, FastStep, PlainStep, Side
 from eosin.launch.bench_tiles import made_up_shards
+from eosin.launch.device_names import DeviceName, PrecisionName
 from eosin.launch.host_memory import keep_freed_memory
 from eosin.launch.peak import known_peak
-from eosin.launch.process import (
-    DeviceName,
-    PrecisionName,
-    World,
-    choose_device,
-    choose_precision,
-    usable_cores,
-)
+from eosin.launch.process import World, choose_device, choose_precision, usable_cores
 from eosin.launch.stopwatch import (
     NoWatch,
     TimeByPart,

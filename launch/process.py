@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from eosin.configs.errors import ConfigError, InterruptedRunError
-
-DeviceName: TypeAlias = Literal["auto", "cpu", "cuda"]
-PrecisionName: TypeAlias = Literal["auto", "fp32", "bf16"]
+from eosin.launch.device_names import DeviceName, PrecisionName
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun and `eosin launch` tell each process."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from eosin.configs.errors import ConfigError
+from eosin.launch.device_names import DeviceName, PrecisionName
 from eosin.launch.metrics import WandbMode
 from eosin.launch.preflight import PreflightConfig
-from eosin.launch.process import DeviceName, PrecisionName, World
+from eosin.launch.process import World
 from eosin.pretrain.attention import AttentionName
 from eosin.pretrain.augment import AugmentConfig
 from eosin.pretrain.loader import LoaderConfig

@@ -15,13 +15,7 @@ from eosin.data_curation.shard_reader import ShardReader
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
 from eosin.launch.host_memory import keep_freed_memory
 from eosin.launch.preflight import preflight
-from eosin.launch.process import (
-    World,
-    choose_device,
-    choose_precision,
-    join_world,
-    usable_cores,
-)
+from eosin.launch.process import World, choose_device, choose_precision, join_world, usable_cores
 from eosin.launch.run_dir import record_run
 from eosin.launch.signals import StopRequests
 from eosin.launch.status import Status

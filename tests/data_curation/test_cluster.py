@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ranks import ranks_of
 
 from eosin.configs.errors import InputError
-from eosin.data_curation.cluster import ClusterConfig, cluster, plan
+from eosin.data_curation.cluster import cluster, plan
+from eosin.data_curation.cluster_config import ClusterConfig
 from eosin.data_curation.features import features_stamp, write_features
 from eosin.data_curation.hierarchy import build_level
 from eosin.data_curation.kmeans_fit import FitSettings, fit

@@ -304,3 +304,12 @@ def test_a_real_slide_becomes_sound_shards(tmp_path: Path, real_data: Path) -> N
     assert 30 < len(reader) < 54
     assert reader.image(0).shape == (256, 256, 3)
     assert find_problems(tmp_path / "shards", workers=1)[0] == []
+
+
+def test_a_curation_without_an_encoder_does_not_wait_for_torch() -> None:
+    modules = "curate, shards, sample, tiles, review_file, deny_list"
+    script = f"import sys; from eosin.data_curation import {modules}; print('torch' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "False"

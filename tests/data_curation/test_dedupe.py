@@ -19,12 +19,15 @@ from scipy.sparse.csgraph import connected_components
 
 from eosin.configs.errors import InputError
 from eosin.configs.load import load_config
-from eosin.data_curation.cluster import ClusterConfig, cluster
-from eosin.data_curation.dedupe import DedupeConfig, dedupe
+from eosin.data_curation.cluster import cluster
+from eosin.data_curation.cluster_config import ClusterConfig
+from eosin.data_curation.dedupe import dedupe
+from eosin.data_curation.dedupe_config import DedupeConfig
 from eosin.data_curation.duplicate_groups import families, stand_ins
 from eosin.data_curation.duplicate_match import best_correlation
 from eosin.data_curation.duplicate_search import Spectra, find_pairs
-from eosin.data_curation.embed_tiles import EmbedConfig, embed
+from eosin.data_curation.embed_config import EmbedConfig
+from eosin.data_curation.embed_tiles import embed
 from eosin.data_curation.features import features_stamp, write_features
 from eosin.data_curation.manifest import DUPLICATES, FEATURE_ROWS, read_table
 from eosin.data_curation.synthetic_layout import draw_layout

@@ -19,7 +19,8 @@ from ranks import ranks_of
 
 import eosin.data_curation.embed_tiles as module
 from eosin.configs.errors import InputError, TooManyFailedError
-from eosin.data_curation.embed_tiles import EmbedConfig, embed, plan
+from eosin.data_curation.embed_config import EmbedConfig
+from eosin.data_curation.embed_tiles import embed, plan
 from eosin.data_curation.encoder import load_encoder
 from eosin.data_curation.features import open_features
 from eosin.data_curation.manifest import FEATURES_FAILED, SELECTION, TILES, read_table

@@ -15,7 +15,8 @@ from scipy.stats import entropy
 import eosin.data_curation.tile_columns as module
 from eosin.configs.errors import InputError
 from eosin.configs.load import load_config
-from eosin.data_curation.cluster import ClusterConfig, cluster
+from eosin.data_curation.cluster import cluster
+from eosin.data_curation.cluster_config import ClusterConfig
 from eosin.data_curation.features import features_stamp, write_features
 from eosin.data_curation.manifest import (
     DUPLICATES,
