@@ -48,7 +48,8 @@ class SlideJob:
     source: SlideSource
     folder: Path
     stamp: str
-    mpp: float
+    mpp: float | None
+    """µm per tile pixel; None: the slide's own."""
     size_px: int
     step_px: int
     min_tissue: float
@@ -67,8 +68,9 @@ def tile_slide(job: SlideJob) -> dict[str, Any]:
         check_tiff_header(job.source.path)
         with Slide(job.source.path, job.source.mpp) as slide:
             record |= _describe(slide)
-            slide.level_for(job.mpp)
-            record |= _tile(slide, job)
+            mpp = job.mpp or max(slide.mpp)
+            slide.level_for(mpp)
+            record |= _tile(slide, job, mpp)
     except SlideError as error:
         record |= {"status": str(error.status), "reason": error.reason}
     except MemoryError:
@@ -107,26 +109,24 @@ def _describe(slide: Slide) -> dict[str, Any]:
     }
 
 
-def _tile(slide: Slide, job: SlideJob) -> dict[str, Any]:
-    grid = make_grid(
-        slide.bounds_px, slide.mpp, mpp=job.mpp, size_px=job.size_px, step_px=job.step_px
-    )
+def _tile(slide: Slide, job: SlideJob, mpp: float) -> dict[str, Any]:
+    grid = make_grid(slide.bounds_px, slide.mpp, mpp=mpp, size_px=job.size_px, step_px=job.step_px)
     if len(grid) == 0:
         return {"status": str(Status.EMPTY), "reason": "smaller than one tile"}
     width, height = slide.bounds_px[2:]
     extent_um = (width * slide.mpp[0], height * slide.mpp[1])
-    scale = mask_mpp(extent_um, job.size_px * job.mpp, max(slide.mpp))
+    scale = mask_mpp(extent_um, job.size_px * mpp, max(slide.mpp))
     overview, readable = slide.overview(scale)
     pixel_px = (width / overview.shape[1], height / overview.shape[0])
     tissue = find_tissue(overview, (pixel_px[0] * slide.mpp[0], pixel_px[1] * slide.mpp[1]))
     # What the overview could not show is tried, so that it is reported and not taken for glass.
     fractions = grid.fractions(tissue.tissue | ~readable, pixel_px)
-    cells = _read_cells(slide, grid, fractions, job)
-    write_table(_to_table(slide, grid, fractions, cells, job), job.folder / TILES_FILE, PART)
+    cells = _read_cells(slide, grid, fractions, job, mpp)
+    write_table(_to_table(slide, grid, fractions, cells, job, mpp), job.folder / TILES_FILE, PART)
     counts = Counter(cell.status for cell in cells)
     statuses = np.array([cell.status for cell in cells], np.object_).reshape(fractions.shape)
     caption = (
-        f"{job.source.slide_id} · {len(cells)} cells of {job.size_px} px at mpp {job.mpp:g}, "
+        f"{job.source.slide_id} · {len(cells)} cells of {job.size_px} px at mpp {mpp:g}, "
         f"{counts[Status.OK]} with tissue"
     )
     overlay = job.folder / OVERLAY_FILE
@@ -142,7 +142,7 @@ class _Cell:
 
 
 def _read_cells(
-    slide: Slide, grid: Grid, fractions: NDArray[np.float64], job: SlideJob
+    slide: Slide, grid: Grid, fractions: NDArray[np.float64], job: SlideJob, mpp: float
 ) -> list[_Cell]:
     """What each cell holds, in row-major order."""
     too_little = _Cell(
@@ -154,17 +154,22 @@ def _read_cells(
     for row, column in sorted(wanted, key=lambda cell: (cell[0] // _BLOCK_ROWS, cell[1], cell[0])):
         x, y = (float(v) for v in corners[row, column])
         try:
-            rgb = slide.read_tile(x, y, job.size_px, job.mpp)
+            rgb = slide.read_tile(x, y, job.size_px, mpp)
         except RegionError as error:
             cell = _Cell(status=Status.UNREADABLE, reason=str(error))
         else:
-            cell = _Cell(status=Status.OK, quality=measure_quality(rgb, job.mpp))
+            cell = _Cell(status=Status.OK, quality=measure_quality(rgb, mpp))
         cells[row * grid.columns + column] = cell
     return cells
 
 
 def _to_table(
-    slide: Slide, grid: Grid, fractions: NDArray[np.float64], cells: list[_Cell], job: SlideJob
+    slide: Slide,
+    grid: Grid,
+    fractions: NDArray[np.float64],
+    cells: list[_Cell],
+    job: SlideJob,
+    mpp: float,
 ) -> pa.Table:
     count = len(cells)
     corners = grid.corners_px().reshape(count, 2)
@@ -176,14 +181,14 @@ def _to_table(
         for field in dataclasses.fields(Quality)
     }
     table = {
-        "tile_id": [make_tile_id(slide_id, float(x), float(y), job.mpp) for x, y in corners],
+        "tile_id": [make_tile_id(slide_id, float(x), float(y), mpp) for x, y in corners],
         "slide_id": [slide_id] * count,
         "column": columns,
         "row": rows,
         "level0_x": corners[:, 0],
         "level0_y": corners[:, 1],
         "size_px": np.full(count, job.size_px),
-        "requested_mpp": np.full(count, job.mpp),
+        "requested_mpp": np.full(count, mpp),
         "effective_mpp_x": np.full(count, effective[0]),
         "effective_mpp_y": np.full(count, effective[1]),
         "tissue_fraction": fractions.reshape(count),

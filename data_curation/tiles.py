@@ -33,6 +33,7 @@ from eosin.data_curation.worker_pool import count_workers
 from eosin.launch.artefacts import is_done, mark_done, read_json, stamp_of
 from eosin.launch.progress import Meter, format_seconds
 
+NATIVE = "native"
 _NAMED = 5
 """Failed slides named in an error; slides.parquet names them all."""
 _TOLERATE = "raise max_failed (tile.max_failed in curate)"
@@ -44,8 +45,10 @@ _WORKER_BYTES = 400e6
 class TileOptions:
     """How slides are cut into tiles."""
 
-    mpp: float = 0.5
-    """µm per tile pixel; a slide scanned more coarsely is refused."""
+    mpp: float | int | str = 0.5
+    """µm per tile pixel; a slide scanned more coarsely is refused. ``native``: each slide's own
+    scale (the coarser of its axes), whatever it is; its own JPEG tiles can then go into shards as
+    they are."""
     size_px: int = 256
     """Side of a tile in pixels."""
     step_px: int = 0
@@ -65,7 +68,11 @@ class TileOptions:
     """Share of slides (and of the tiles with tissue) that may fail without failing the command."""
 
     def __post_init__(self) -> None:
-        positive = ("mpp", "size_px", "timeout_s", "max_memory_gb")
+        if isinstance(self.mpp, str) and self.mpp != NATIVE:
+            raise ValueError(f"mpp is a number of µm per pixel, or {NATIVE}, not '{self.mpp}'")
+        if not isinstance(self.mpp, str) and not self.mpp > 0:
+            raise ValueError(f"mpp must be positive, not {self.mpp}")
+        positive = ("size_px", "timeout_s", "max_memory_gb")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -188,11 +195,12 @@ def plan(config: TileConfig) -> str:
     for job in todo:
         try:
             with Slide(job.source.path, job.source.mpp) as slide:
-                slide.level_for(job.mpp)
+                mpp = job.mpp or max(slide.mpp)
+                slide.level_for(mpp)
                 grid = make_grid(
                     slide.bounds_px,
                     slide.mpp,
-                    mpp=job.mpp,
+                    mpp=mpp,
                     size_px=job.size_px,
                     step_px=job.step_px,
                 )
@@ -206,7 +214,8 @@ def plan(config: TileConfig) -> str:
     lines += [f"{len(refused)} would be refused:", *refused] if refused else []
     if not todo:
         return lines[0]
-    lines.append(f"{cells} cells of {config.size_px} px at {config.mpp:g} µm/px; tissue is read")
+    scale = "each slide's own scale" if config.mpp == NATIVE else f"{config.mpp:g} µm/px"
+    lines.append(f"{cells} cells of {config.size_px} px at {scale}; tissue is read")
     if seconds is not None:
         most = format_seconds(cells * seconds / workers)
         lines.append(f"at most {most} with {workers} workers ({1 / seconds:.0f} tiles/s each)")
@@ -217,13 +226,14 @@ def plan(config: TileConfig) -> str:
 def _seconds_per_tile(slide: Slide, job: SlideJob) -> float | None:
     """Time of a tile, from a few spread over the slide; None where one is not readable."""
     x, y, width, height = slide.bounds_px
-    cell = (job.size_px * job.mpp / slide.mpp[0], job.size_px * job.mpp / slide.mpp[1])
+    mpp = job.mpp or max(slide.mpp)
+    cell = (job.size_px * mpp / slide.mpp[0], job.size_px * mpp / slide.mpp[1])
     started = time.monotonic()
     for index in range(_PROBED_TILES):
         left = x + (width - cell[0]) * (index % 4) / 3
         top = y + (height - cell[1]) * (index // 4) / 3
         try:
-            slide.read_tile(left, top, job.size_px, job.mpp)
+            slide.read_tile(left, top, job.size_px, mpp)
         except RegionError:
             return None
     return (time.monotonic() - started) / _PROBED_TILES
@@ -233,7 +243,7 @@ def _job(source: SlideSource, config: TileConfig) -> SlideJob:
     file = source.path.stat()
     step_px = config.step_px or config.size_px
     request = {
-        "mpp": config.mpp,
+        "mpp": config.mpp if isinstance(config.mpp, str) else float(config.mpp),
         "size_px": config.size_px,
         "step_px": step_px,
         "min_tissue": config.min_tissue,
@@ -249,7 +259,7 @@ def _job(source: SlideSource, config: TileConfig) -> SlideJob:
         source=source,
         folder=folder,
         stamp=stamp,
-        mpp=config.mpp,
+        mpp=None if isinstance(config.mpp, str) else float(config.mpp),
         size_px=config.size_px,
         step_px=step_px,
         min_tissue=config.min_tissue,

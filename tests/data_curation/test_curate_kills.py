@@ -18,6 +18,7 @@ KILLS = 50
 STAGES = [
     "tile.mpp=1.0", "tile.size_px=128", "tile.workers=2", "embed.encoder=builtin:stain-texture",
     "cluster.levels=[12,4]", "sample.total=160", "shard.records_per_shard=40", "shard.workers=2",
+    "without_duplicates=true", "split.part=train",
 ]  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def test_fifty_kills_leave_the_bytes_of_a_run_without(tmp_path: Path) -> None:
     expected = contents(out)
     assert {"tiles.parquet", "selection.parquet", "features/features.npy"} <= expected.keys()
     assert any(name.startswith("clusters/") for name in expected)
+    assert {"duplicates.parquet", "prints/features.npy"} <= expected.keys()
     chance, kills, finished = random.Random(0), 0, 0
     shutil.rmtree(out)
     while kills < KILLS or not finished:
