@@ -40,7 +40,8 @@ def test_help_lists_the_verbs_without_importing_torch() -> None:
     [
         (["fly"], "no verb 'fly'"),
         (["tile", "slides=x", "out=y", "mp=0.5"], "Did you mean: 'mpp'"),
-        (["tile", "slides=x", "out=y", "mpp=fine"], "mpp: Value 'fine'"),
+        (["tile", "slides=x", "out=y", "size_px=fine"], "size_px: Value 'fine'"),
+        (["tile", "slides=x", "out=y", "mpp=fine"], "mpp is a number of µm per pixel, or native"),
         (["tile", "out=y"], "required and not given: slides"),
         (["tile", "--fast"], "no flag '--fast'"),
         (["tile", "--config"], "--config needs a file"),
