@@ -4,6 +4,7 @@ Only for what gives exactly OpenSlide's pixels, which is tried on tiles of each 
 used; whatever is odd about a tile is left to OpenSlide to read or to refuse.
 """
 
+import contextlib
 import logging
 import os
 from collections import OrderedDict
@@ -103,7 +104,10 @@ class CodedTiles:
         self._slide = object()  # in the cache, where tiles of others are too
         self._known: dict[int, _CodedLevel | None] = {}
         self._coded = _coded_levels(path, levels)
-        self._file = os.open(path, os.O_RDONLY) if self._coded else None
+        self._file: int | None = None
+        if self._coded:
+            with contextlib.suppress(OSError):  # without it there are no bytes: OpenSlide reads
+                self._file = os.open(path, os.O_RDONLY)
 
     def close(self) -> None:
         """Closes the file."""
@@ -209,7 +213,10 @@ class CodedTiles:
         offset, count = int(coded.offsets[index]), int(coded.counts[index])
         if self._file is None or offset < 8 or not 4 < count <= MAX_CODED_BYTES:
             return None
-        data = os.pread(self._file, count, offset)
+        try:
+            data = os.pread(self._file, count, offset)
+        except OSError:
+            return None
         if len(data) < count or data[:2] != b"\xff\xd8":
             return None
         return data[:2] + coded.head + data[2:] if coded.head else data

@@ -22,22 +22,20 @@ _HEADER_BYTES = 8
 
 
 def check_tiff_header(path: Path) -> None:
-    """Does nothing for a sound TIFF, for what is no TIFF, and for one that cannot be parsed.
+    """Refuses a TIFF that lies. What is no TIFF, or cannot be read, is left to OpenSlide to judge.
 
     Raises:
         SlideError: the directories contradict themselves in a way that would make up pixels.
     """
-    with path.open("rb") as file:
-        if file.read(4) not in _MAGIC:
-            return
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it minds, OpenSlide judges
     try:
+        with path.open("rb") as file:
+            if file.read(4) not in _MAGIC:
+                return
         with tifffile.TiffFile(path) as tiff:
             pages = [(n, page) for n, page in zip(range(MAX_PAGES), tiff.pages, strict=False)]
             problems = [problem for n, page in pages if (problem := _problem(n, page))]
-    except SlideError:
-        raise
-    except Exception:
+    except Exception:  # tifffile has many; what it cannot parse is not for it to refuse
         return
     if problems:
         raise SlideError(Status.UNREADABLE, problems[0])

@@ -95,6 +95,11 @@ def test_real_slides_pass(real_data: Path) -> None:
         check_tiff_header(path)
 
 
+def test_what_cannot_be_opened_is_not_judged_by_its_directories(tmp_path: Path) -> None:
+    check_tiff_header(tmp_path / "gone.tiff")
+    check_tiff_header(tmp_path)
+
+
 def test_memory_has_an_end() -> None:
     with pytest.raises(MemoryError):
         list(run_isolated(bytearray, [10, 3_000_000_000], workers=1, timeout_s=60, max_bytes=10**9))

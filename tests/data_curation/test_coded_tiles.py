@@ -141,6 +141,20 @@ def test_a_level_that_differs_is_openslides(path: Path) -> None:
         coded.close()
 
 
+def test_storage_that_fails_is_openslides_to_report(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    wanted = openslide_pixels(path, 10, 20, 300, 300)
+    for name in ("pread", "open"):
+        with monkeypatch.context() as patched, Slide(path) as slide:
+            patched.setattr(f"eosin.data_curation.coded_tiles.os.{name}", fail)
+            assert np.array_equal(slide.read_tile(10, 20, 300, 0.5), wanted)
+            assert slide.coded_tile(0, 0, TILE_PX, 0.5) is None
+
+
 def test_other_tiffs_are_left_to_openslide(tmp_path: Path) -> None:
     plain = tmp_path / "plain.tiff"
     tifffile.imwrite(
