@@ -43,6 +43,8 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE PriorityTier=1 Grace
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE PriorityTier=10
 """
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "mungekey")
+QUEUED_AGAIN_S = 4.0
+"""A job that was queued again is started after this long."""
 
 
 class Cluster:
@@ -51,6 +53,8 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.conf = folder / "slurm.conf"
+        self._waiting: dict[str, float] = {}
+        """Jobs that were queued again and wait for their time, and since when."""
         self.env = os.environ | {"SLURM_CONF": str(self.conf), "OMP_NUM_THREADS": "1"}
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
         ports = [s.getsockname()[1] for s in sockets]
@@ -116,9 +120,17 @@ class Cluster:
         return next(w for w in shown.split() if w.startswith(f"{key}=")).partition("=")[2]
 
     def hurry(self) -> None:
-        """Starts jobs that were queued again now: Slurm lets them wait for two minutes."""
-        for job, state in self.states().items():
-            if state.startswith("PENDING BeginTime"):
+        """Starts jobs that were queued again soon: Slurm lets them wait for two minutes.
+
+        Not at once: a node refuses what starts in the second in which it ended the start before
+        ("Job credential revoked"), and Slurm then takes the job for failed.
+        """
+        now, waiting = time.monotonic(), self._waiting
+        states = self.states()
+        again = [job for job, state in states.items() if state.startswith("PENDING BeginTime")]
+        self._waiting = {job: waiting.get(job, now) for job in again}
+        for job, since in self._waiting.items():
+            if now - since >= QUEUED_AGAIN_S:
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def wait_until_gone(self, jobs: list[str], seconds: float) -> None:
