@@ -2,12 +2,29 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from eosin.data_curation.records import check_rules
 from eosin.launch.device_names import DeviceName, PrecisionName
 
 META_NAME = "meta.json"
 """The marker of a finished store."""
+
+
+StainMethod = Literal["macenko", "vahadane", "reinhard"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormaliseConfig:
+    """To which staining tiles are moved before an encoder sees them, on its device."""
+
+    library: Path | None = None
+    """A library of `eosin stain library`; without it, tiles stay as they are."""
+    condition: str = "condition_1"
+    """The one of the library that tiles are moved to; the first is the most frequent."""
+    method: StainMethod = "macenko"
+    """``macenko`` or ``vahadane``: by stain vectors and strengths; ``reinhard``: by mean and
+    deviation in CIELAB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +43,9 @@ class EmbedOptions:
     """``auto``: a GPU where there is one, that of the local rank."""
     precision: PrecisionName = "auto"
     """Of the network: ``auto`` is bf16 on GPUs that have it, fp32 elsewhere."""
+    normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
+    """Whether tiles are moved to one staining first; from how their slide is stained, where they
+    come from `tiles`, and from how they are themselves elsewhere."""
     max_failed: float = 0.01
     """Share of the tiles that may be unreadable before the command ends with an error (everything
     else is finished and kept)."""

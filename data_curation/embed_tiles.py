@@ -24,9 +24,10 @@ from torch import Tensor
 
 from eosin.configs.errors import InputError, TooManyFailedError
 from eosin.data_curation.embed_config import EmbedConfig
-from eosin.data_curation.encoder import Encoder, load_encoder
+from eosin.data_curation.encoder import Encoder
 from eosin.data_curation.features import as_half, features_stamp, has_features, join_features
 from eosin.data_curation.manifest import FEATURES_FAILED, read_table, write_table
+from eosin.data_curation.normalised_encoder import NormalisedEncoder, load_normalised
 from eosin.data_curation.pseudonyms import Pseudonyms
 from eosin.data_curation.records import Failure
 from eosin.data_curation.tile_sources import ImageSource, ShardSource, SlideTileSource, TileSource
@@ -58,7 +59,7 @@ def embed(config: EmbedConfig) -> None:
     device = choose_device(config.device)
     with join_world(device, timeout_s=_WAIT_S) as world:
         source = open_source(config)
-        encoder = load_encoder(config.encoder, device)
+        encoder = load_normalised(config.encoder, device, config.normalise)
         dtype = choose_precision(config.precision, device)
         stamp = stamp_for(config, encoder, source, dtype)
         started, done_before = time.monotonic(), has_features(config.out, stamp)
@@ -80,7 +81,7 @@ def plan(config: EmbedConfig) -> str:
     """What `embed` would do: tiles, size of the store, and time from a few of them."""
     source = open_source(config)
     device = choose_device(config.device)
-    encoder = load_encoder(config.encoder, device)
+    encoder = load_normalised(config.encoder, device, config.normalise)
     n_rows = source.rows.num_rows
     rows = np.linspace(0, n_rows - 1, min(_TRIED, n_rows)).astype(int).tolist()
     tiles = [tile for tile in map(source.read, rows) if not isinstance(tile, Failure)]
@@ -183,15 +184,24 @@ def _block_content(
             rows.append(row)
             batch.append(found)
         if len(batch) == config.batch_size:
-            features.append(encoder.forward(batch))
+            features.append(_forward(encoder, batch, source, rows))
             batch = []
         meter.advance(1)
     if batch:
-        features.append(encoder.forward(batch))
+        features.append(_forward(encoder, batch, source, rows))
     half = as_half(np.concatenate(features), block.start)
     return save(
         {"features": half, "rows": np.array(rows, np.int64)}, {"failed": json.dumps(failed)}
     )
+
+
+def _forward(
+    encoder: Encoder, batch: list[Tensor], source: TileSource, rows: list[int]
+) -> npt.NDArray[np.float32]:
+    """Features of a batch, whose rows are the last of `rows`."""
+    if not isinstance(encoder, NormalisedEncoder):
+        return encoder.forward(batch)
+    return encoder.forward_from(batch, [source.stains(row) for row in rows[-len(batch) :]])
 
 
 def _ahead(

@@ -29,6 +29,11 @@ def _field(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
 
+def _numbers(name: str, count: int) -> pa.Field:
+    """A column of so many numbers a row, or null."""
+    return pa.field(name, pa.list_(pa.float32(), count))
+
+
 SLIDES = pa.schema(
     [
         _field("slide_id", pa.string()),
@@ -43,6 +48,14 @@ SLIDES = pa.schema(
         pa.field("quickhash", pa.string()),  # OpenSlide's hash of the file's content
         pa.field("stain", pa.string()),
         pa.field("tissue_area_mm2", pa.float64()),
+        pa.field("pen_area_mm2", pa.float64()),
+        pa.field("n_sections", pa.int32()),
+        _numbers("glass", 3),  # grey values in R, G, B; this and what follows: see `SlideStains`
+        _numbers("macenko_vectors", 6),
+        _numbers("macenko_strength", 2),
+        _numbers("lab_mean", 3),
+        _numbers("lab_std", 3),
+        _numbers("vahadane_vectors", 6),
         _field("n_cells", pa.int64()),  # rows in tiles.parquet
         _field("n_ok", pa.int64()),  # of them with status ok
         _field("n_unreadable", pa.int64()),
@@ -66,10 +79,16 @@ TILES = pa.schema(
         _field("effective_mpp_x", pa.float64()),
         _field("effective_mpp_y", pa.float64()),
         _field("tissue_fraction", pa.float32()),
-        pa.field("white_fraction", pa.float32()),  # of pixels brighter than glass; null if not read
+        pa.field("section", pa.int32()),  # piece of tissue on the slide, from 1; null: none
+        pa.field("pen_fraction", pa.float32()),  # of the tile under pen, by the slide's mask
+        pa.field("fold_fraction", pa.float32()),  # likewise where tissue seems folded
+        pa.field("white_fraction", pa.float32()),  # this and what follows: null if not read
         pa.field("dark_fraction", pa.float32()),
-        pa.field("pen_fraction", pa.float32()),
-        pa.field("sharpness", pa.float32()),  # log10 variance of the Laplacian at 1 µm/px
+        pa.field("sharpness", pa.float32()),  # see `measure_sharpness`
+        pa.field("entropy", pa.float32()),  # of grey levels, bits
+        pa.field("haematoxylin", pa.float32()),  # mean optical density
+        pa.field("nuclei_fraction", pa.float32()),
+        _numbers("stain_vectors", 6),  # of this tile alone
         pa.field("stain", pa.string()),
         _field("status", pa.string()),
         _field("reason", pa.string()),

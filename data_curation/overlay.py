@@ -1,4 +1,4 @@
-"""One picture a slide: its overview, the outline of the tissue, and the tiles taken from it."""
+"""One picture a slide: its overview, outlines of tissue, pen and folds, and the tiles taken."""
 
 import io
 import math
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eosin.data_curation.grid import Grid
 from eosin.data_curation.manifest import Status
-from eosin.data_curation.tissue import Tissue
+from eosin.data_curation.slide_masks import SlideMasks
 from eosin.launch.artefacts import write_bytes
 
 LONG_SIDE_PX = 1200
@@ -20,29 +20,27 @@ _TILE = (0, 92, 175)  # blue: neither stain, and told from orange by every eye
 _TISSUE = (0, 0, 0)
 _UNREADABLE = (230, 120, 0)
 _PEN = (0, 150, 90)
+_FOLD = (200, 0, 120)
 _SHADE = 0.12
 
 
 def write_overlay(
     path: Path,
-    overview: NDArray[np.uint8],
-    tissue: Tissue,
+    masks: SlideMasks,
     grid: Grid,
     statuses: NDArray[np.object_],
-    pixel_px: tuple[float, float],
     caption: str,
 ) -> None:
     """Writes the picture as PNG, atomically; equal arguments give equal bytes.
 
     Args:
         path: where to.
-        overview: RGB uint8 [h, w, 3] of the scanned area.
-        tissue: masks on the overview's pixels.
+        masks: the slide's overview and what was found on it.
         grid: cells over the same area.
         statuses: `Status` of each cell, [rows, columns].
-        pixel_px: level-0 pixels in a pixel of the overview (x, y).
         caption: what stands under the picture, beside the scale bar.
     """
+    overview, tissue, pixel_px = masks.overview, masks.tissue, masks.pixel_px
     height, width = overview.shape[:2]
     zoom = LONG_SIDE_PX / max(height, width)
     size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
@@ -50,10 +48,11 @@ def write_overlay(
     zoom_xy = (canvas.shape[1] / width, canvas.shape[0] / height)
     canvas_per_px = np.array([zoom_xy[0] / pixel_px[0], zoom_xy[1] / pixel_px[1]])
     _draw_cells(canvas, grid, statuses, canvas_per_px)
-    for mask, colour in ((tissue.tissue, _TISSUE), (tissue.pen, _PEN)):
+    for mask, colour in ((tissue.tissue, _TISSUE), (tissue.pen, _PEN), (masks.folds, _FOLD)):
         _draw_outline(canvas, mask, colour)
     picture = Image.new("RGB", (max(size[0], 480), size[1] + _CAPTION_PX), "white")
     picture.paste(Image.fromarray(canvas))
+    _number_sections(picture, masks.sections, zoom_xy)
     _draw_caption(picture, size[1], caption, tissue.mpp[0] * width / size[0])
     content = io.BytesIO()
     picture.save(content, "PNG", compress_level=6)
@@ -93,6 +92,18 @@ def _draw_outline(
     scaled = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(scaled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     cv2.drawContours(canvas, contours, -1, colour, thickness=2, lineType=cv2.LINE_AA)
+
+
+def _number_sections(
+    picture: Image.Image, sections: NDArray[np.int32], zoom: tuple[float, float]
+) -> None:
+    """A number in the middle of each section, where there are several."""
+    count = int(sections.max())
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=30)
+    for number in range(1, count + 1 if count > 1 else 1):
+        y, x = np.argwhere(sections == number).mean(0)
+        at = (float(x) * zoom[0], float(y) * zoom[1])
+        draw.text(at, str(number), "black", font, "mm", stroke_width=3, stroke_fill="white")
 
 
 def _draw_caption(picture: Image.Image, top: int, caption: str, mpp: float) -> None:

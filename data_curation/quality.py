@@ -9,104 +9,127 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from eosin.data_curation.glass import extremes, optical_density
+from eosin.data_curation.stain_vectors import macenko, unmix_haematoxylin
+
+Plane = NDArray[np.uint8]
+
 WHITE = 220
 """A pixel whose darkest channel is at least this is glass (the field uses 220 to 230)."""
 DARK = 50
 """A pixel whose brightest channel is at most this is a fold, dust, ink or a tear, not stain."""
-SHARPNESS_MPP = 1.0
-"""Scale at which sharpness is measured: nuclei edges are seen, JPEG and sensor noise are not."""
-_SMALLEST_VARIANCE = 1e-3
+DETAIL_MPP = 1.0
+"""Scale of all figures: edges of nuclei are seen, JPEG's and the sensor's noise is not. A tile
+coarser than that is measured as it is: figures compare only among equal mpp there."""
+SHARPNESS_BLOCK_UM = 8.0
+"""Sharpness is measured in blocks of this side."""
+SHARPNESS_PERCENTILE = 40.0
+"""And is this percentile of the blocks': low where about half of the tile is out of focus."""
+FAINTEST_NUCLEUS = 0.3
+"""Least density of haematoxylin of a nucleus."""
 
-_INK_MARGIN = 20
-"""Green above red by this many grey values: never so in H&E or DAB, always in green ink."""
-
-_RED_INK_RED, _RED_INK_GREEN = 195, 108
-"""Red ink has more red and less green than this: a little beyond its densities below."""
+_LEAST_ENERGY = 0.1
+_NUCLEUS_SIGMA_UM = 0.8
+_MOST_STAINED = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """The quality columns of tiles.parquet."""
+    """The columns of tiles.parquet that are measured on a tile's pixels."""
 
     white_fraction: float
     dark_fraction: float
-    pen_fraction: float
     sharpness: float
-    """log10 of the variance of the Laplacian of the grey image at 1 µm/px."""
+    """See `measure_sharpness`."""
+    entropy: float
+    """Of the grey levels' histogram, bits."""
+    haematoxylin: float
+    """Mean optical density of haematoxylin, natural logarithms, by Ruifrok's vectors."""
+    nuclei_fraction: float
+    """Share of pixels in nuclei: haematoxylin above the tile's own threshold by Otsu."""
+    stain_vectors: list[float] | None
+    """Macenko's estimate: haematoxylin's and eosin's unit densities in R, G, B; None where too
+    little is stained."""
 
 
 def measure_quality(rgb: NDArray[np.uint8], mpp: float) -> Quality:
     """The quality of a tile, RGB uint8 [h, w, 3] at `mpp` µm/px."""
-    planes = _planes(rgb)
-    red, green, blue = planes
-    darkest = cv2.min(cv2.min(red, green), blue)
-    brightest = cv2.max(cv2.max(red, green), blue)
+    small = _at_detail(rgb, mpp)
+    mpp = max(mpp, DETAIL_MPP)
+    grey = np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), np.uint8)
+    darkest, brightest = extremes(_channels(small))
+    density = optical_density(small)
+    haematoxylin = unmix_haematoxylin(density)
     return Quality(
         white_fraction=_share(darkest >= WHITE),
         dark_fraction=_share(brightest <= DARK),
-        pen_fraction=_share(_pen(rgb, planes)),
-        sharpness=measure_sharpness(rgb, mpp),
+        sharpness=_sharpness(grey, darkest, mpp),
+        entropy=_entropy(grey),
+        haematoxylin=float(np.clip(haematoxylin, 0, None).mean()),
+        nuclei_fraction=_nuclei(haematoxylin, mpp),
+        stain_vectors=_vectors(density),
     )
 
 
 def measure_sharpness(rgb: NDArray[np.uint8], mpp: float) -> float:
-    """log10 of the variance of the Laplacian of the grey tile, brought to 1 µm/px.
+    """log10 of the mean square of the Laplacian of the grey tile at 1 µm/px, block by block.
 
-    A tile coarser than that is measured as it is: figures compare only among equal mpp there.
+    Blocks of glass do not count, where there are others. The Laplacian answers to the finest
+    detail, which defocus takes first; the percentile over blocks tells a tile that is half out of
+    focus from one with much glass or little texture.
+
+    Args:
+        rgb: uint8 [h, w, 3].
+        mpp: µm/px.
     """
-    grey: NDArray[np.floating | np.integer] = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    grey = grey.astype(np.float32)
-    if mpp < SHARPNESS_MPP:
-        height, width = (max(3, round(side * mpp / SHARPNESS_MPP)) for side in grey.shape)
-        grey = cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA)
-    variance = float(cv2.Laplacian(grey, cv2.CV_32F).var())
-    return float(np.log10(max(variance, _SMALLEST_VARIANCE)))
+    small = _at_detail(rgb, mpp)
+    grey = np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), np.uint8)
+    return _sharpness(grey, extremes(_channels(small))[0], max(mpp, DETAIL_MPP))
 
 
-def pen_mask(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Pixels of green, teal, blue or red marker or ink, bool [h, w].
-
-    Eosin and haematoxylin absorb green most, so green is the darkest channel of tissue: a pixel
-    where red is clearly darker is green or blue ink. Red ink absorbs green and blue about equally
-    and no red; dense erythrocytes come close, so a little of it is found in vessels. Black ink has
-    no colour and counts as dark.
-    """
-    return _pen(rgb, _planes(rgb))
+def _at_detail(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.uint8]:
+    if mpp >= DETAIL_MPP:
+        return rgb
+    height, width = (max(3, round(side * mpp / DETAIL_MPP)) for side in rgb.shape[:2])
+    return np.asarray(cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _pen(rgb: NDArray[np.uint8], planes: list[NDArray[np.uint8]]) -> NDArray[np.bool_]:
-    """See `pen_mask`; `planes` are the channels."""
-    red, green, blue = planes
-    over, blue_over = cv2.subtract(green, red), cv2.subtract(blue, red)  # 0 where red is more
-    possible = (over > _INK_MARGIN) | (blue_over > 2 * _INK_MARGIN)
-    possible |= (red > _RED_INK_RED) & (green < _RED_INK_GREEN)
-    pen = np.zeros(rgb.shape[:2], np.bool_)
-    places = np.flatnonzero(possible)  # few or none on most tiles, and the rest is slow
-    if not len(places):
-        return pen
-    some = rgb.reshape(-1, 3)[places]
-    density = optical_density(some[None])[0]
-    d_red, d_green, d_blue = density[:, 0], density[:, 1], density[:, 2]
-    green_ink = (over.ravel()[places] > _INK_MARGIN) & (d_red > 0.35)
-    blue_ink = blue_over.ravel()[places] > 2 * _INK_MARGIN
-    blue_ink &= (d_red > 0.4) & (d_red > 1.25 * d_green)
-    red_ink = (d_red < 0.25) & (d_green > 0.9) & (d_blue > 0.75 * d_green)
-    pen.ravel()[places] = green_ink | blue_ink | red_ink
-    return pen
+def _sharpness(grey: NDArray[np.uint8], darkest: NDArray[np.uint8], mpp: float) -> float:
+    laplacian = cv2.Laplacian(grey, cv2.CV_32F)
+    block_px = max(4.0, SHARPNESS_BLOCK_UM / mpp)
+    height, width = (max(1, round(side / block_px)) for side in grey.shape)
+    energy, counted = (
+        np.asarray(cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA))
+        for plane in (cv2.multiply(laplacian, laplacian), (darkest < WHITE).astype(np.float32))
+    )
+    blocks = energy[counted > 0.5] if (counted > 0.5).any() else energy.ravel()
+    middle = np.sort(blocks)[int(SHARPNESS_PERCENTILE / 100 * (len(blocks) - 1))]
+    return float(np.log10(middle + _LEAST_ENERGY))
 
 
-def _planes(rgb: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    return [np.asarray(plane, np.uint8) for plane in cv2.split(rgb)]
+def _entropy(grey: NDArray[np.uint8]) -> float:
+    counts = cv2.calcHist([grey], [0], None, [256], [0, 256]).ravel()
+    share = counts[counts > 0] / grey.size
+    return max(0.0, float(-(share * np.log2(share)).sum()))
+
+
+def _nuclei(haematoxylin: NDArray[np.float32], mpp: float) -> float:
+    smooth = cv2.GaussianBlur(haematoxylin, (0, 0), _NUCLEUS_SIGMA_UM / mpp)
+    levels = np.clip(smooth * 100, 0, 255).astype(np.uint8)
+    threshold, _ = cv2.threshold(levels, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    return _share(levels > max(threshold, 100 * FAINTEST_NUCLEUS))
+
+
+def _vectors(density: NDArray[np.float32]) -> list[float] | None:
+    pixels = density.reshape(-1, 3)
+    found = macenko(pixels[:: 1 + len(pixels) // _MOST_STAINED])
+    return None if found is None else found.ravel().tolist()
+
+
+def _channels(rgb: NDArray[np.uint8]) -> tuple[Plane, Plane, Plane]:
+    red, green, blue = cv2.split(rgb)
+    return np.asarray(red, np.uint8), np.asarray(green, np.uint8), np.asarray(blue, np.uint8)
 
 
 def _share(mask: NDArray[np.bool_]) -> float:
     return int(np.count_nonzero(mask)) / mask.size
-
-
-def optical_density(
-    rgb: NDArray[np.uint8], glass: tuple[float, float, float] = (255.0, 255.0, 255.0)
-) -> NDArray[np.float32]:
-    """Optical density -ln((I + 1) / (glass + 1)) per channel, float32 [h, w, 3]; glass is 0."""
-    levels = np.arange(256)[:, None]
-    table = -np.log((levels + 1.0) / (np.asarray(glass)[None, :] + 1.0))
-    return np.asarray(cv2.LUT(rgb, table[None].astype(np.float32)), np.float32)

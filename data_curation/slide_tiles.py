@@ -46,7 +46,7 @@ def tile_records(tiles: Path, selection: Path | None, keep: Sequence[str] = ()) 
         InputError: a table is missing, no tile is left, or the selection is of other tiles.
         ConfigError: see `records.keep_rows`.
     """
-    table = read_table(tiles / "tiles.parquet", TILES)
+    table = read_table(tiles / "tiles.parquet", TILES).drop_columns(["stain_vectors"])
     slides = read_table(tiles / "slides.parquet", SLIDES)
     if selection is None:
         table = table.filter(pc.equal(table["status"], Status.OK))

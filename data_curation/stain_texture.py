@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from eosin.data_curation.quality import optical_density
+from eosin.data_curation.glass import optical_density
 
 LONGEST_SIDE_PX = 128
 """A larger tile is halved until it is no larger: 256 px at 0.5 µm/px become 128 at 1."""

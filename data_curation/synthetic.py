@@ -1,4 +1,4 @@
-"""Synthetic H&E slides: real pyramidal TIFFs with known tissue, for demos and tests.
+"""Synthetic slides: real pyramidal TIFFs with known tissue, for demos and tests.
 
 Slide `index` of a seed is a pure function of the configuration, down to its bytes. Beside each
 ``NAME.tiff`` lies its ground truth, ``NAME.truth.npy`` (read it with `read_truth`), and
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from eosin.configs.errors import InputError
 from eosin.data_curation.pyramid import TILE_PX, write_pyramid
 from eosin.data_curation.synthetic_layout import TRUTH_DOWNSAMPLE, draw_layout
-from eosin.data_curation.synthetic_section import draw_look, render
+from eosin.data_curation.synthetic_section import Family, draw_look, render
 from eosin.data_curation.synthetic_tissue import PAINTERS
 from eosin.data_curation.worker_pool import count_workers, run_jobs
 from eosin.launch.artefacts import is_done, mark_done, replacing, stamp_of
@@ -43,6 +43,8 @@ class SyntheticConfig:
     """Seed of every slide, together with its index."""
     region_um: float = 380.0
     """Mean width of a region of one tissue class, µm."""
+    stain: Family = "he"
+    """What the slides are stained with: ``he``, ``ihc`` (DAB) or ``silver``."""
     artefact_share: float = 0.3
     """Share of slides with a pen stroke; likewise with a blurred patch, and with a fold."""
 
@@ -97,7 +99,7 @@ def write_slide(folder: Path, index: int, config: SyntheticConfig) -> Path:
         region_um=config.region_um,
         artefact_share=config.artefact_share,
     )
-    look = draw_look(look_rng)
+    look = draw_look(look_rng, config.stain)
     image = render(render_rng, layout, look, config.mpp)
     _marker(path).unlink(missing_ok=True)
     about = "eosin synthetic H&E"

@@ -5,6 +5,7 @@ sensor drawn for every slide.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -16,15 +17,24 @@ from eosin.data_curation.synthetic_tissue import PAINTERS, Floats, Rng, paint, s
 # Unit optical densities of haematoxylin and eosin in R, G, B.
 _RUIFROK = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])  # Ruifrok & Johnston 2001
 _MACENKO = np.array([[0.563, 0.720, 0.406], [0.216, 0.801, 0.558]])  # Macenko et al. 2009
+_DAB = np.array([0.268, 0.570, 0.776])  # Ruifrok & Johnston 2001
+_SILVER = np.array([0.560, 0.577, 0.595])  # black
+_BEIGE = np.array([0.42, 0.52, 0.74])  # what silver leaves on everything else
 _PENS = np.array([[1.7, 0.9, 0.15], [1.6, 0.35, 1.1], [1.5, 1.5, 1.4], [0.15, 1.5, 1.2]])
+
+
+Family = Literal["he", "ihc", "silver"]
+"""Haematoxylin and eosin; brown on some cells of pale blue tissue; black fibres on pale beige."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
     """What stain and scanner do to one slide."""
 
+    family: Family
     stains: NDArray[np.float64]
-    """[2, 3] optical densities in R, G, B of a unit of haematoxylin and of eosin."""
+    """[2 or 3, 3] optical densities in R, G, B of a unit of what nuclei take up, of what the matrix
+    takes up (haematoxylin and eosin), and of the marker, where the family has one."""
     white: NDArray[np.float64]
     """[3] grey values of empty glass."""
     gamma: float
@@ -36,13 +46,19 @@ class Look:
     jpeg_quality: int
 
 
-def draw_look(rng: Rng) -> Look:
+def draw_look(rng: Rng, family: Family = "he") -> Look:
     """One laboratory and scanner: stains somewhere between two published pairs, and a camera."""
     vectors = _RUIFROK + rng.uniform(0, 1, (2, 1)) * (_MACENKO - _RUIFROK)
     vectors = np.clip(vectors + rng.normal(0, 0.03, (2, 3)), 0.02, None)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    stains = vectors * 1.6 * np.exp(rng.normal(0, 0.22, (2, 1)))
+    if family == "ihc":  # a pale counterstain, hardly anything on the matrix
+        stains = np.stack([0.6 * stains[0], 0.22 * stains[0], 1.6 * _DAB])
+    elif family == "silver":
+        stains = np.stack([0.35 * _BEIGE, 0.4 * _BEIGE, 1.8 * _SILVER])
     return Look(
-        stains=vectors * 1.6 * np.exp(rng.normal(0, 0.22, (2, 1))),
+        family=family,
+        stains=stains,
         white=np.minimum(rng.uniform(236, 248) * np.exp(rng.normal(0, 0.008, 3)), 253),
         gamma=float(np.exp(rng.normal(0, 0.12))),
         blur_px=rng.uniform(0.35, 0.9),
@@ -53,8 +69,11 @@ def draw_look(rng: Rng) -> Look:
 
 def render(rng: Rng, layout: Layout, look: Look, mpp: float) -> NDArray[np.uint8]:
     """The slide's level 0, [H, W, 3] RGB."""
-    tissue_rng, fold_rng, scan_rng, pen_rng, dust_rng = rng.spawn(5)
+    tissue_rng, fold_rng, scan_rng, pen_rng, dust_rng, marker_rng = rng.spawn(6)
     stain = _paint_regions(tissue_rng, layout, mpp)
+    if look.family != "he":
+        marker = _draw_marker(marker_rng, look.family, stain, layout, mpp)
+        stain = np.concatenate([stain, marker[None]])
     if layout.fold.any():
         _fold(fold_rng, stain, layout.fold, mpp)
     for plane in stain:
@@ -67,8 +86,10 @@ def render(rng: Rng, layout: Layout, look: Look, mpp: float) -> NDArray[np.uint8
     noise = scan_rng.standard_normal(dirt.shape, np.float32)
     image = np.empty((*dirt.shape, 3), np.uint8)
     for channel in range(3):
-        haematoxylin, eosin = look.stains[:, channel]
+        haematoxylin, eosin, *others = look.stains[:, channel]
         density = cv2.addWeighted(stain[0], haematoxylin, stain[1], eosin, 0)
+        for load in others:
+            density += stain[2] * np.float32(load)
         density += dirt
         if ink is not None:
             density += ink * np.float32(pen[channel])
@@ -127,6 +148,16 @@ def _paint_regions(rng: Rng, layout: Layout, mpp: float) -> Floats:
     edge = _sharpen(_enlarge(layout.tissue), 5)
     stain *= edge * np.exp(0.08 * smooth_noise(rng, (side, side), 250 / mpp))
     return stain
+
+
+def _draw_marker(rng: Rng, family: Family, stain: Floats, layout: Layout, mpp: float) -> Floats:
+    """[H, W] load of the third stain: DAB on cells of some regions, or silver on fibres."""
+    if family == "silver":
+        fine = stain[1] - cv2.GaussianBlur(stain[1], (0, 0), 3 / mpp)
+        return np.asarray(np.clip(8 * fine, 0, 1.2), np.float32)
+    positive = rng.random(len(layout.classes)) < 0.4
+    where = _enlarge(positive[layout.region])
+    return np.asarray(where * (stain[0] if rng.random() < 0.5 else stain[1]), np.float32)
 
 
 def _fold(rng: Rng, stain: Floats, fold: Mask, mpp: float) -> None:

@@ -67,13 +67,14 @@ class TileColumns:
 
     @property
     def names(self) -> list[str]:
-        """All columns that there are."""
-        found = list(self.tiles.schema_arrow.names)
+        """All columns that there are, without those of several numbers a row."""
+        schemas = [self.tiles.schema_arrow]
         if self.slides is not None:
-            found += [name for name in self.slides.column_names if name not in found]
+            schemas.append(self.slides.schema)
         if self.clusters is not None:
-            found += [n for n in self.clusters.schema_arrow.names if n not in found]
-        return found
+            schemas.append(self.clusters.schema_arrow)
+        fields = [f.name for s in schemas for f in s if not pa.types.is_fixed_size_list(f.type)]
+        return list(dict.fromkeys(fields))
 
     def codes(self, name: str) -> Codes:
         """A column's values as text, numbered; null is `MISSING`.
@@ -81,19 +82,20 @@ class TileColumns:
         Raises:
             ConfigError: there is no such column.
         """
+        if name not in self.names:
+            raise ConfigError(f"no column '{name}'; there are: {', '.join(self.names)}")
         if name == "slide_id":
             return self._of_slide
         if name in self.tiles.schema_arrow.names:
             return self._encode(self.tiles, name)
         if self.slides is not None and name in self.slides.column_names:
             return self._from_slides(name)
-        if self.clusters is not None and name in self.clusters.schema_arrow.names:
-            found = self._encode(self.clusters, name)
-            values = [*found.values, MISSING]  # of tiles that are not clustered
-            rows = self.cluster_rows()
-            spread = np.append(found.codes, np.int32(len(found.values)))[rows]
-            return _sorted_values(spread, values)
-        raise ConfigError(f"no column '{name}'; there are: {', '.join(self.names)}")
+        assert self.clusters is not None
+        found = self._encode(self.clusters, name)
+        values = [*found.values, MISSING]  # of tiles that are not clustered
+        rows = self.cluster_rows()
+        spread = np.append(found.codes, np.int32(len(found.values)))[rows]
+        return _sorted_values(spread, values)
 
     def numbers(self, name: str) -> NDArray[np.float32]:
         """A column of numbers, float32 [N], NaN where there is none.

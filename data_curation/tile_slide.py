@@ -6,7 +6,7 @@ says of the slide), ``overlay.png``, and last the marker ``slide.json`` with the
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,26 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from eosin.data_curation.glass import estimate_glass
 from eosin.data_curation.grid import Grid, make_grid
 from eosin.data_curation.manifest import TILES, Status, make_tile_id, write_table
 from eosin.data_curation.overlay import write_overlay
 from eosin.data_curation.quality import Quality, measure_quality
 from eosin.data_curation.slide import RegionError, Slide
 from eosin.data_curation.slide_list import SlideSource
+from eosin.data_curation.slide_masks import find_masks
 from eosin.data_curation.slide_metadata import SlideError
+from eosin.data_curation.slide_stains import (
+    LEAST_TISSUE,
+    MOST_TILES,
+    SlideStains,
+    StainSample,
+    evenly,
+)
 from eosin.data_curation.tiff_header import check_tiff_header
-from eosin.data_curation.tissue import Tissue, find_tissue, mask_mpp
 from eosin.launch.artefacts import mark_done
 
-FORMAT = 3
+FORMAT = 4
 """Raise it when the same slide and request would give other rows: everything is made again."""
 
 LISTED = ("group", "stain")
@@ -53,6 +61,11 @@ class SlideJob:
     size_px: int
     step_px: int
     min_tissue: float
+    tissue_rule: str
+    """One of `tissue.RULES`."""
+    segmenter: Path | None
+    """Folder of a network that takes the place of the classical masks."""
+    with_vahadane: bool
 
 
 def tile_slide(job: SlideJob) -> dict[str, Any]:
@@ -89,6 +102,9 @@ def empty_record() -> dict[str, Any]:
     return {
         **dict.fromkeys(unknown),
         "tissue_area_mm2": None,
+        "pen_area_mm2": None,
+        "n_sections": None,
+        **asdict(SlideStains()),
         "n_cells": 0,
         "n_ok": 0,
         "n_unreadable": 0,
@@ -113,25 +129,25 @@ def _tile(slide: Slide, job: SlideJob, mpp: float) -> dict[str, Any]:
     grid = make_grid(slide.bounds_px, slide.mpp, mpp=mpp, size_px=job.size_px, step_px=job.step_px)
     if len(grid) == 0:
         return {"status": str(Status.EMPTY), "reason": "smaller than one tile"}
-    width, height = slide.bounds_px[2:]
-    extent_um = (width * slide.mpp[0], height * slide.mpp[1])
-    scale = mask_mpp(extent_um, job.size_px * mpp, max(slide.mpp))
-    overview, readable = slide.overview(scale)
-    pixel_px = (width / overview.shape[1], height / overview.shape[0])
-    tissue = find_tissue(overview, (pixel_px[0] * slide.mpp[0], pixel_px[1] * slide.mpp[1]))
-    # What the overview could not show is tried, so that it is reported and not taken for glass.
-    fractions = grid.fractions(tissue.tissue | ~readable, pixel_px)
-    cells = _read_cells(slide, grid, fractions, job, mpp)
-    write_table(_to_table(slide, grid, fractions, cells, job, mpp), job.folder / TILES_FILE, PART)
+    masks = find_masks(slide, job.size_px * mpp, job.tissue_rule, job.segmenter)
+    fractions = masks.fractions(grid)
+    stains = StainSample(estimate_glass(masks.overview))
+    cells = _read_cells(slide, grid, fractions, job, mpp, stains)
+    columns = masks.columns(grid) | _columns(slide, grid, cells, job, mpp)
+    table = {name: pa.array(columns[name], PART.field(name).type) for name in PART.names}
+    write_table(pa.table(table), job.folder / TILES_FILE, PART)
     counts = Counter(cell.status for cell in cells)
     statuses = np.array([cell.status for cell in cells], np.object_).reshape(fractions.shape)
     caption = (
         f"{job.source.slide_id} · {len(cells)} cells of {job.size_px} px at mpp {mpp:g}, "
         f"{counts[Status.OK]} with tissue"
     )
-    overlay = job.folder / OVERLAY_FILE
-    write_overlay(overlay, overview, tissue, grid, statuses, pixel_px, caption)
-    return _summarise(cells, counts, tissue)
+    write_overlay(job.folder / OVERLAY_FILE, masks, grid, statuses, caption)
+    return {
+        **_summarise(cells, counts),
+        **masks.record(),
+        **asdict(stains.estimate(job.with_vahadane)),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +158,22 @@ class _Cell:
 
 
 def _read_cells(
-    slide: Slide, grid: Grid, fractions: NDArray[np.float64], job: SlideJob, mpp: float
+    slide: Slide,
+    grid: Grid,
+    fractions: NDArray[np.float64],
+    job: SlideJob,
+    mpp: float,
+    stains: StainSample,
 ) -> list[_Cell]:
-    """What each cell holds, in row-major order."""
+    """What each cell holds, in row-major order; some of the tiles go into `stains` on the way."""
     too_little = _Cell(
         status=Status.EMPTY, reason=f"tissue fraction below min_tissue={job.min_tissue:g}"
     )
     cells = [too_little] * len(grid)
     corners = grid.corners_px()
     wanted = [(int(row), int(column)) for row, column in np.argwhere(fractions >= job.min_tissue)]
+    full = [cell for cell in wanted if fractions[cell] >= LEAST_TISSUE]
+    sampled = {full[place] for place in evenly(len(full), MOST_TILES)}
     for row, column in sorted(wanted, key=lambda cell: (cell[0] // _BLOCK_ROWS, cell[1], cell[0])):
         x, y = (float(v) for v in corners[row, column])
         try:
@@ -159,18 +182,16 @@ def _read_cells(
             cell = _Cell(status=Status.UNREADABLE, reason=str(error))
         else:
             cell = _Cell(status=Status.OK, quality=measure_quality(rgb, mpp))
+            if (row, column) in sampled:
+                stains.add(rgb)
         cells[row * grid.columns + column] = cell
     return cells
 
 
-def _to_table(
-    slide: Slide,
-    grid: Grid,
-    fractions: NDArray[np.float64],
-    cells: list[_Cell],
-    job: SlideJob,
-    mpp: float,
-) -> pa.Table:
+def _columns(
+    slide: Slide, grid: Grid, cells: list[_Cell], job: SlideJob, mpp: float
+) -> dict[str, Any]:
+    """Where each cell lies and what was measured on its pixels."""
     count = len(cells)
     corners = grid.corners_px().reshape(count, 2)
     rows, columns = np.divmod(np.arange(count), grid.columns)
@@ -180,7 +201,7 @@ def _to_table(
         field.name: [getattr(c.quality, field.name) if c.quality else None for c in cells]
         for field in dataclasses.fields(Quality)
     }
-    table = {
+    return {
         "tile_id": [make_tile_id(slide_id, float(x), float(y), mpp) for x, y in corners],
         "slide_id": [slide_id] * count,
         "column": columns,
@@ -191,15 +212,13 @@ def _to_table(
         "requested_mpp": np.full(count, mpp),
         "effective_mpp_x": np.full(count, effective[0]),
         "effective_mpp_y": np.full(count, effective[1]),
-        "tissue_fraction": fractions.reshape(count),
         **measured,
         "status": [str(cell.status) for cell in cells],
         "reason": [cell.reason for cell in cells],
     }
-    return pa.table({name: pa.array(table[name], PART.field(name).type) for name in PART.names})
 
 
-def _summarise(cells: list[_Cell], counts: Counter[Status], tissue: Tissue) -> dict[str, Any]:
+def _summarise(cells: list[_Cell], counts: Counter[Status]) -> dict[str, Any]:
     status, reason = Status.OK, ""
     if counts[Status.EMPTY] == len(cells):
         status, reason = Status.EMPTY, "no tile has tissue"
@@ -207,7 +226,6 @@ def _summarise(cells: list[_Cell], counts: Counter[Status], tissue: Tissue) -> d
         first = next(cell.reason for cell in cells if cell.status == Status.UNREADABLE)
         status, reason = Status.UNREADABLE, f"no tile with tissue could be read: {first}"
     return {
-        "tissue_area_mm2": tissue.area_mm2(),
         "n_cells": len(cells),
         "n_ok": counts[Status.OK],
         "n_unreadable": counts[Status.UNREADABLE],

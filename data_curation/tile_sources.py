@@ -24,6 +24,7 @@ from eosin.data_curation.slide import RegionError
 from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.slide_pool import SlidePool
 from eosin.data_curation.slide_tiles import tile_records
+from eosin.data_curation.stain_library import StainCondition, slide_conditions
 from eosin.launch.artefacts import file_digest, stamp_of
 
 OPEN_SLIDES = 4
@@ -41,6 +42,10 @@ class TileSource(ABC):
     @abstractmethod
     def read(self, row: int) -> npt.NDArray[np.uint8] | Failure:
         """The tile of a row, RGB uint8 [H, W, 3], or why there is none; from any thread."""
+
+    def stains(self, row: int) -> StainCondition | None:
+        """How the slide of a row's tile is stained, where that is known."""
+        return None
 
     @abstractmethod
     def where(self, row: int) -> str:
@@ -74,6 +79,8 @@ class SlideTileSource(TileSource):
         renamed = [_REFERENCE.get(name, name) for name in records.source.column_names]
         self._source = records.source.rename_columns(renamed)
         self._pools = threading.local()
+        self._tiles = tiles
+        self._stains: dict[str, StainCondition] | None = None
 
     def read(self, row: int) -> npt.NDArray[np.uint8] | Failure:
         """As `Slide.read_tile` gives it."""
@@ -86,6 +93,12 @@ class SlideTileSource(TileSource):
             return Failure(status=error.status, reason=error.reason)
         except RegionError as error:
             return Failure(status=Status.UNREADABLE, reason=str(error))
+
+    def stains(self, row: int) -> StainCondition | None:
+        """As slides.parquet says it."""
+        if self._stains is None:
+            self._stains = slide_conditions(self._tiles)
+        return self._stains.get(self.rows["slide_id"][row].as_py())
 
     def where(self, row: int) -> str:
         """The slide's path."""

@@ -17,6 +17,7 @@ from eosin.data_curation.grid import make_grid
 from eosin.data_curation.isolation import Lost, run_isolated
 from eosin.data_curation.manifest import SLIDES, TILES, Status, read_table, write_table
 from eosin.data_curation.pseudonyms import Pseudonyms
+from eosin.data_curation.segmenter import segmenter_digest
 from eosin.data_curation.slide import RegionError, Slide
 from eosin.data_curation.slide_list import SlideSource, list_slides, slide_bytes
 from eosin.data_curation.slide_metadata import SlideError
@@ -29,6 +30,7 @@ from eosin.data_curation.tile_slide import (
     empty_record,
     tile_slide,
 )
+from eosin.data_curation.tissue import AUTO, RULES, rule_for
 from eosin.data_curation.worker_pool import count_workers
 from eosin.launch.artefacts import is_done, mark_done, read_json, stamp_of
 from eosin.launch.progress import Meter, format_seconds
@@ -55,6 +57,14 @@ class TileOptions:
     """From one tile to the next in pixels; 0: the size, so that tiles neither overlap nor gap."""
     min_tissue: float = 0.05
     """Share of tissue below which a tile is not read; selection has its own, higher one."""
+    tissue_rule: str = AUTO
+    """What counts as tissue: ``he``, ``pale`` (immunohistochemistry) or ``silver``; ``auto`` goes
+    by each slide's stain in the table of slides."""
+    segmenter: Path | None = None
+    """Folder of a segmentation network that takes the place of the classical masks of tissue (and
+    of pen, where it knows pen): ``segmenter.yaml`` and an ONNX file or safetensors weights."""
+    vahadane: bool = False
+    """Also estimate each slide's stains by Vahadane's method, about a second a slide."""
     pseudonyms: Path | None = None
     """Key file (`openssl rand -hex 32`): slide_ids and groups become keyed hashes here and in all
     that is made from this; slides.parquet alone has the slides' paths beside them."""
@@ -76,6 +86,9 @@ class TileOptions:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.tissue_rule not in (AUTO, *RULES):
+            known = ", ".join([AUTO, *RULES])
+            raise ValueError(f"tissue_rule is one of {known}, not '{self.tissue_rule}'")
         for name in ("step_px", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
@@ -242,11 +255,15 @@ def _seconds_per_tile(slide: Slide, job: SlideJob) -> float | None:
 def _job(source: SlideSource, config: TileConfig) -> SlideJob:
     file = source.path.stat()
     step_px = config.step_px or config.size_px
+    rule = rule_for(source.stain) if config.tissue_rule == AUTO else config.tissue_rule
     request = {
         "mpp": config.mpp if isinstance(config.mpp, str) else float(config.mpp),
         "size_px": config.size_px,
         "step_px": step_px,
         "min_tissue": config.min_tissue,
+        "tissue_rule": rule,
+        "segmenter": segmenter_digest(config.segmenter) if config.segmenter is not None else None,
+        "vahadane": config.vahadane,
     }
     stamp = stamp_of(
         format=FORMAT,
@@ -263,6 +280,9 @@ def _job(source: SlideSource, config: TileConfig) -> SlideJob:
         size_px=config.size_px,
         step_px=step_px,
         min_tissue=config.min_tissue,
+        tissue_rule=rule,
+        segmenter=config.segmenter,
+        with_vahadane=config.vahadane,
     )
 
 

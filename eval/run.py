@@ -12,9 +12,11 @@ from rich.console import Console
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.embed import embed_images
+from eosin.data_curation.embed_config import NormaliseConfig
 from eosin.data_curation.encoder import DescriptorEncoder, Encoder, load_encoder
 from eosin.data_curation.features import features_stamp, has_features
 from eosin.data_curation.manifest import FEATURE_ROWS, PREDICTIONS, make_id, write_table
+from eosin.data_curation.normalised_encoder import load_normalised
 from eosin.eval import fewshot, knn, linear
 from eosin.eval.console import differences_table, scores_table
 from eosin.eval.probe import Labelled, Outcome
@@ -59,6 +61,9 @@ class EvalConfig:
     """Folder for results.json, predictions.parquet, report.html and the cached features."""
     extra_encoders: list[str] = field(default_factory=list)
     """More encoders for the same table, named like `encoder`."""
+    normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
+    """With a library, the encoder stands in the table a second time, with tiles moved to one
+    staining before it sees them."""
     protocols: list[str] = field(default_factory=lambda: list(PROTOCOLS))
     seed: int = 0
     """Of carved splits, random weights, few-shot episodes and the bootstrap."""
@@ -168,6 +173,10 @@ def _load_rows(config: EvalConfig) -> list[_Row]:
         _row(main, "encoder", f"{main.name} ({main.pooling})"),
         _row(twin, "random", f"{main.name}, random weights"),
     ]
+    if config.normalise.library is not None:
+        moved = load_normalised(config.encoder, device, config.normalise)
+        label = f"{main.name} ({main.pooling}), {config.normalise.method} to "
+        rows.append(_row(moved, "encoder", label + config.normalise.condition))
     for spec in FLOORS:
         floor = load_encoder(spec, device)
         rows.append(_row(floor, "floor", floor.name.replace("-", " ")))

@@ -188,6 +188,13 @@ VERBS: dict[str, Verb] = {
         "the stain statistics of a set of shards, as YAML for augment.stain",
         "eosin stain shards=curated/shards out=stain.yaml",
     ),
+    "stain library": Verb(
+        "eosin.data_curation.stain_library",
+        "StainLibraryConfig",
+        "make_library",
+        "how the slides of a curated set are stained, as a few reference conditions",
+        "eosin stain library tiles=curated out=stains.json",
+    ),
     "launch": Verb(
         "eosin.launch.submit",
         "LaunchConfig",
@@ -261,6 +268,14 @@ VERBS: dict[str, Verb] = {
         "bench_tile",
         "tiles/s a core from a slide, against the usual loop of OpenSlide and Pillow",
         "eosin bench tile slide=/data/slides/one.svs --json tile.json",
+        options=("json",),
+    ),
+    "bench masks": Verb(
+        "eosin.launch.bench_masks",
+        "BenchMasksConfig",
+        "bench_masks",
+        "masks of tissue, pen and folds, and blur, against the truth of synthetic slides",
+        "eosin bench masks --json masks.json",
         options=("json",),
     ),
     "bench layouts": Verb(

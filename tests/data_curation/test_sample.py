@@ -63,7 +63,8 @@ def drawn(curated: Path, *overrides: str, files: tuple[str, ...] = (), **keys: A
     words = [f"{name}={value}" for name, value in keys.items()]
     sample(load_config(SampleConfig, list(files), [*words, *overrides]))
     chosen = read_table(curated / "selection.parquet", SELECTION)
-    table = pq.read_table(curated / "tiles.parquet").append_column(
+    table = pq.read_table(curated / "tiles.parquet").drop_columns(["stain_vectors"])
+    table = table.append_column(
         "organ",
         pa.array(
             [ORGAN[s] for s in pq.read_table(curated / "tiles.parquet")["slide_id"].to_pylist()]

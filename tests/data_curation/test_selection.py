@@ -35,6 +35,8 @@ def make_tiles(rows: list[dict[str, Any]]) -> pa.Table:
             "white_fraction": 0.1,
             "dark_fraction": 0.0,
             "pen_fraction": 0.0,
+            "fold_fraction": 0.0,
+            "entropy": 6.0,
             "sharpness": 3.0,
             "stain": None,
             "status": "ok",
@@ -53,12 +55,14 @@ def test_each_tile_is_dropped_by_the_first_rule_that_it_breaks() -> None:
             {"white_fraction": 0.95},
             {"dark_fraction": 0.4},
             {"pen_fraction": 0.2, "sharpness": 0.1},
+            {"fold_fraction": 0.7},
             {"sharpness": 1.0},
+            {"entropy": 1.5},
             {"status": "empty", "tissue_fraction": 0.0, "sharpness": None},
             {"status": "unreadable", "reason": "damaged"},
         ]
     )
-    selection = select(tiles, SelectConfig())
+    selection = select(tiles, SelectConfig(max_fold=0.5, min_entropy=2))
     assert selection.table["tile_id"].to_pylist() == tiles["tile_id"].to_pylist()[:2]
     assert selection.dropped == {
         "empty": 1,
@@ -67,14 +71,17 @@ def test_each_tile_is_dropped_by_the_first_rule_that_it_breaks() -> None:
         "max_white": 1,
         "max_dark": 1,
         "max_pen": 1,
+        "max_fold": 1,
         "min_sharpness": 1,
+        "min_entropy": 1,
         "max_tiles_per_slide": 0,
     }
     assert sum(selection.dropped.values()) + selection.table.num_rows == selection.n_tiles
 
 
 def test_a_figure_that_was_not_measured_is_not_judged() -> None:
-    names = ("white_fraction", "dark_fraction", "pen_fraction", "sharpness")
+    names = ("white_fraction", "dark_fraction", "pen_fraction", "fold_fraction", "sharpness",
+             "entropy")  # fmt: skip
     tiles = make_tiles([dict.fromkeys(names)])
     assert select(tiles, SelectConfig()).table.num_rows == 1
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.pyramid import write_pyramid
+from eosin.data_curation.slide import Slide
 from eosin.data_curation.synthetic import (
     CLASSES,
     SyntheticConfig,
@@ -284,6 +286,22 @@ def test_the_stain_vectors_beside_a_slide_explain_its_colours(tmp_path: Path) ->
 def test_a_bad_value_is_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{field} .*{value}|{field} .*: {value}"):
         SyntheticConfig(**{"n_slides": 1, field: value})  # type: ignore[arg-type]
+
+
+def test_other_stains_have_other_colours_and_the_same_layout(tmp_path: Path) -> None:
+    drawn = SyntheticConfig(n_slides=1, size_px=512, mpp=2.0, region_um=200, artefact_share=0.0)
+    means = {}
+    for stain in ("he", "ihc", "silver"):
+        (path,) = write_slides(tmp_path / stain, replace(drawn, stain=stain), workers=1)
+        with Slide(path) as slide:
+            rgb, _ = slide.overview(32.0)
+        truth = read_truth(path)
+        means[stain] = rgb[truth.tissue].astype(float)
+        assert np.array_equal(truth.class_map, read_truth(slide_path(tmp_path / "he", 0)).class_map)
+    spread = {stain: np.ptp(pixels, axis=1).mean() for stain, pixels in means.items()}
+    assert spread["he"] > 2 * spread["silver"]  # silver is grey
+    red_over_blue = {stain: (p[:, 0] - p[:, 2]) for stain, p in means.items()}
+    assert red_over_blue["ihc"].max() > 10 > -5 > red_over_blue["ihc"].min()  # brown, and blue
 
 
 def test_a_missing_or_damaged_truth_is_refused_by_name(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from eosin.data_curation.glass import estimate_glass
 from eosin.data_curation.slide import Slide
-from eosin.data_curation.tissue import estimate_glass, find_tissue, mask_mpp
+from eosin.data_curation.tissue import RULES, find_tissue, mask_mpp, rule_for
 
 GLASS = (240, 238, 242)
 DENSE, PALE, FAINT = (205, 120, 170), (236, 212, 228), (237, 222, 233)
@@ -35,7 +36,7 @@ def test_stained_tissue_is_found_dense_or_pale(colour: tuple[int, int, int]) -> 
     disc(truth, 300, 280, 150, (1,))
     tissue = find_tissue(image, (8.0, 8.0))
     assert overlap(tissue.tissue, truth > 0) > 0.95
-    assert tissue.area_mm2() == pytest.approx(np.pi * 1.2**2, rel=0.05)
+    assert tissue.area_mm2(tissue.tissue) == pytest.approx(np.pi * 1.2**2, rel=0.05)
 
 
 def test_bare_glass_dust_bubbles_and_shadows_are_not_tissue() -> None:
@@ -90,7 +91,7 @@ def test_the_mask_is_physical_and_does_not_depend_on_the_scale() -> None:
     disc(image, 60, 60, 6, DENSE)  # 96 µm across: debris
     fine = np.asarray(Image.fromarray(image).resize((1024, 1024), Image.Resampling.LANCZOS))
     coarse, finer = find_tissue(image, (8.0, 8.0)), find_tissue(fine, (4.0, 4.0))
-    assert finer.area_mm2() == pytest.approx(coarse.area_mm2(), rel=0.03)
+    assert finer.area_mm2(finer.tissue) == pytest.approx(coarse.area_mm2(coarse.tissue), rel=0.03)
     assert not coarse.tissue[:100, :100].any()
     assert not finer.tissue[:200, :200].any()
 
@@ -105,6 +106,27 @@ def test_small_slides_and_small_tiles_are_looked_at_finely() -> None:
     assert mask_mpp((1024, 900), 128, 0.25) == 2
     assert mask_mpp((50_000, 30_000), 32, 0.25) == 4
     assert mask_mpp((1024, 900), 32, 4.0) == 4
+
+
+@pytest.mark.parametrize(
+    ("stain", "rule"),
+    [
+        (None, "he"), ("", "he"), ("H&E", "he"), ("HE", "he"), ("unknown", "he"), ("PAS", "he"),
+        ("Masson trichrome", "he"), ("Reticulin", "silver"), ("Warthin-Starry", "silver"),
+        ("Gomori silver", "silver"), ("CD3", "pale"), ("Ki-67", "pale"), ("HER2", "pale"),
+    ],
+)  # fmt: skip
+def test_a_stain_has_its_rule(stain: str | None, rule: str) -> None:
+    assert rule_for(stain) == rule
+
+
+def test_pale_and_grey_tissue_is_found_by_its_own_rule_alone() -> None:
+    image = glass()
+    disc(image, 200, 300, 120, (214, 212, 232))  # a counterstain's ground
+    disc(image, 450, 300, 120, (205, 204, 206))  # silver's
+    for name, left, right in (("he", 0, 0), ("pale", 1, 0), ("silver", 1, 1)):
+        found = find_tissue(image, (8.0, 8.0), RULES[name]).tissue
+        assert (found[300, 200], found[300, 450]) == (left, right), name
 
 
 def test_a_small_crop_of_bare_glass_is_not_a_filled_hole() -> None:

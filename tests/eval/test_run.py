@@ -12,6 +12,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from eosin.configs.errors import InputError
 from eosin.configs.load import load_config, to_yaml
+from eosin.data_curation.embed_config import NormaliseConfig
 from eosin.eval.results import load_results
 from eosin.eval.run import EvalConfig, evaluate, plan
 from eosin.eval.tasks import TaskConfig
@@ -147,6 +148,26 @@ def test_more_encoders_stand_in_the_same_table(
     assert other.is_dir()
     with pytest.raises(InputError, match="two encoders are called 'tiny-cls'"):
         evaluate(changed(config, extra_encoders=[config.encoder]))
+
+
+def test_an_encoder_stands_beside_itself_with_normalised_stains(
+    tmp_path: Path, config: EvalConfig
+) -> None:
+    library = tmp_path / "stains.json"
+    figures = {
+        "name": "pink", "slide_id": "s", "slides": 1, "glass": [240, 240, 240],
+        "macenko_vectors": [0.6, 0.7, 0.4, 0.1, 0.9, 0.4], "macenko_strength": [1.2, 1.5],
+        "lab_mean": [60, 30, -20], "lab_std": [10, 8, 6], "vahadane_vectors": None,
+    }  # fmt: skip
+    library.write_text(json.dumps({"format": 1, "conditions": [figures]}))
+    moved = NormaliseConfig(library=library, condition="pink", method="reinhard")
+    evaluate(changed(config, normalise=moved, protocols=["knn/uni20@1"]))
+    results = load_results(config.out / "results.json")
+    names = [e.name for e in results.encoders]
+    assert names[2] == "tiny-reinhard-cls"
+    assert results.encoders[2].label == "tiny (cls), reinhard to pink"
+    assert results.encoders[2].digest != results.encoders[0].digest
+    assert "tiny-reinhard-cls" in {d.baseline for d in results.differences}
 
 
 def test_an_unreadable_tile_is_named_and_a_mended_one_lets_the_run_go_on(
