@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-import tifffile
 from numpy.typing import NDArray
 
 from eosin.data_curation.image_metadata import without_metadata
@@ -233,6 +232,8 @@ def _is_whole(data: bytes, tile_px: tuple[int, int]) -> bool:
 
 def _coded_levels(path: Path, levels: Sequence[Level]) -> dict[int, _CodedLevel]:
     """By index, the levels that the file holds as one picture of JPEG tiles each."""
+    import tifffile  # takes 0.15 s, and whoever opens no slide should not wait
+
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     found: dict[int, _CodedLevel] = {}
     try:

@@ -275,10 +275,67 @@ def test_a_job_that_failed_for_good_is_not_queued_again_and_bad_nodes_are_kept_o
         assert slurm_commands.requeue(job)
         assert slurm_commands.exclude_nodes(job, ["n1"])
         wait_for(lambda: cluster.state(job) == "PENDING", 30, "the queue")
-        cluster.hurry()
-        wait_for(lambda: cluster.state(job) == "RUNNING", 60, "the job")
+
+        def runs_again() -> bool:
+            cluster.hurry()
+            return cluster.state(job) == "RUNNING"
+
+        wait_for(runs_again, 60, "the job")
         assert slurm_commands.queue()[job].nodes == "n2"
         assert slurm_commands.node_address("n[1-2]") == "127.0.0.1"
         assert slurm_commands.max_array_size() == 2
     finally:
         cluster.run("scancel", job)
+
+
+def test_a_curation_over_nodes_gives_the_bytes_of_one_here(
+    cluster: Cluster, slides: Path, tmp_path: Path
+) -> None:
+    """Slides on an array, features and clusters over two nodes, repetitions, a draw, shards."""
+    for index in range(3):
+        (tmp_path / "good").mkdir(exist_ok=True)
+        shutil.copy2(slides / f"good{index}.tiff", tmp_path / "good")
+
+    def verbs(out: str) -> list[str]:
+        tiles = [
+            "tile",
+            f"slides={tmp_path}/good",
+            f"out={out}",
+            "mpp=1",
+            "size_px=32",
+            "workers=1",
+        ]
+        seen = ["embed", f"tiles={out}", "device=cpu", "threads=1"]
+        return [
+            *tiles, "--", *seen, f"out={out}/features", "encoder=builtin:stain-texture",
+            "--", "cluster", f"features={out}/features", f"out={out}/clusters", "levels=[4,2]",
+            "device=cpu", "--", *seen, f"out={out}/prints", "encoder=builtin:tile-print",
+            "--", "dedupe", f"prints={out}/prints", f"tiles={out}",
+            f"out={out}/duplicates.parquet",
+            "--", "sample", f"tiles={out}", f"clusters={out}/clusters", "tree=[level_2,level_1]",
+            "total=40", f"duplicates={out}/duplicates.parquet", f"out={out}/selection.parquet",
+            "--", "shard", f"tiles={out}", f"selection={out}/selection.parquet",
+            f"out={out}/shards", "workers=1",
+        ]  # fmt: skip
+
+    there, here = str(tmp_path / "there"), str(tmp_path / "here")
+    two = "{nodes: 2}"
+    folder, jobs = cluster.launch(
+        tmp_path, "cpus=1",
+        f"stages={{tile: {{array: 2}}, embed: {two}, cluster: {two}, embed-2: {two}}}",
+        "--", *verbs(there),
+    )  # fmt: skip
+    argv = verbs(here)
+    while argv:
+        end = argv.index("--") if "--" in argv else len(argv)
+        cluster.run(*EOSIN, *argv[:end])
+        argv = argv[end + 1 :]
+    cluster.wait_until_gone(jobs, END_S)
+    assert all("done" in line for line in cluster.status(folder).splitlines())
+    said = cluster.run(*EOSIN, "launch", "logs", str(folder), "stage=cluster", "rank=1")
+    assert "eosin: cluster is done (rank 1, start 0)" in said
+    for name in (
+        "tiles.parquet", "features/features.npy", "clusters/clusters.parquet",
+        "prints/features.npy", "duplicates.parquet", "selection.parquet", "shards/000000.tar",
+    ):  # fmt: skip
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
