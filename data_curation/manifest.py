@@ -46,6 +46,7 @@ SLIDES = pa.schema(
         pa.field("mpp_source", pa.string()),  # "metadata" or "table"
         pa.field("scanner", pa.string()),
         pa.field("quickhash", pa.string()),  # OpenSlide's hash of the file's content
+        pa.field("decoding", pa.string()),  # of the pixels that were measured: "exact" or "scaled"
         pa.field("stain", pa.string()),
         pa.field("tissue_area_mm2", pa.float64()),
         pa.field("pen_area_mm2", pa.float64()),

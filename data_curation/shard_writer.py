@@ -18,6 +18,7 @@ from eosin.data_curation.images import read_images
 from eosin.data_curation.manifest import INDEX, REFERENCE, write_table
 from eosin.data_curation.records import Failure, Records
 from eosin.data_curation.shard_marker import PARTS_NAME, read_sidecar
+from eosin.data_curation.slide import Decoding
 from eosin.data_curation.slide_tiles import SlideUse, read_slide_tiles, slide_uses
 from eosin.launch.artefacts import file_digest, is_done, mark_done, replacing, stamp_of
 
@@ -50,6 +51,8 @@ class ShardJob:
     """Of images that exist already: whether EXIF, comments and texts stay in them."""
     pass_through: bool = True
     """Of tiles read from slides: whether those that the slide holds as JPEGs keep their bytes."""
+    decoding: Decoding = "exact"
+    """Of tiles read from slides: see `slide.Decoding`."""
     pixels: Pixels = "copy"
     refused: Mapping[SlideUse, Failure] = field(default_factory=dict)
     """With ``pixels=slides``: slides that cannot serve their tiles."""
@@ -80,6 +83,7 @@ class ShardJob:
             format=FORMAT,
             jpeg_quality=self.jpeg_quality if self.from_slides else None,
             pass_through=self.pass_through if self.from_slides else None,
+            **({"decoding": self.decoding} if self.decoding != "exact" else {}),
             keep_metadata=None if self.from_slides else self.keep_metadata,
             labels=labels,
             source=source.drop_columns("path").to_pydict(),
@@ -223,7 +227,12 @@ class TarWriter:
 def read_tiles(job: ShardJob) -> Iterator[EncodedTile | Failure]:
     """The encoded tile of each record in turn, or why there is none."""
     if job.from_slides:
-        return read_slide_tiles(job.records.source, job.jpeg_quality, pass_through=job.pass_through)
+        return read_slide_tiles(
+            job.records.source,
+            job.jpeg_quality,
+            pass_through=job.pass_through,
+            decoding=job.decoding,
+        )
     return read_images(job.records.source, keep_metadata=job.keep_metadata)
 
 

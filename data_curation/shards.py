@@ -39,6 +39,7 @@ from eosin.data_curation.shard_marker import (
     read_sidecar,
 )
 from eosin.data_curation.shard_writer import Pixels, ShardJob, read_tiles, write_shard
+from eosin.data_curation.slide import Decoding
 from eosin.data_curation.slide_tiles import (
     SlideUse,
     check_slide,
@@ -83,6 +84,10 @@ class ShardOptions:
     pass_through: bool = True
     """Whether tiles that a slide holds as JPEGs of their own (at its own scale, on its own grid)
     are copied as they are, which is quicker and loses nothing; all others are encoded."""
+    decoding: Decoding = "exact"
+    """``scaled``: where tiles are 2, 4 or 8 times as coarse as the level of the slide that they are
+    cut from, its JPEGs are decoded at a part of their size: quicker, and close to the exact mean.
+    `shards.json` says which it was."""
     keep_metadata: bool = False
     """Whether EXIF, comments and texts stay in images that exist already: places where names of
     patients hide. Dropping them changes no pixel."""
@@ -136,6 +141,8 @@ class ShardConfig(ShardOptions):
             raise ValueError("give either images (tiles that exist) or tiles (of 'eosin tile')")
         if self.selection is not None and self.tiles is None:
             raise ValueError("selection goes with tiles, not with images")
+        if self.decoding == "scaled" and (self.images is not None or self.pixels == "slides"):
+            raise ValueError("decoding=scaled goes with tiles whose pixels are copied")
         if self.pseudonyms is not None and self.images is None:
             raise ValueError("pseudonyms goes with images; tiles have theirs from 'eosin tile'")
         if self.pixels == "slides" and self.images is not None:
@@ -274,6 +281,7 @@ def _job(
         from_slides=config.tiles is not None,
         jpeg_quality=config.jpeg_quality,
         pass_through=config.pass_through,
+        decoding=config.decoding,
         keep_metadata=config.keep_metadata,
         pixels=config.pixels,
         refused=refused or {},
@@ -342,6 +350,7 @@ def _finish(config: ShardConfig, n_shards: int, stamp: str) -> None:
         out / MARKER_NAME,
         stamp,
         shards={name: {key: car[key] for key in DESCRIBED} for name, car in sidecars.items()},
+        decoding=config.decoding,
         failed=len(failed),
         with_metadata=sum(car["with_metadata"] for car in sidecars.values()),
         index_xxh3_128=file_digest(out / INDEX_NAME),

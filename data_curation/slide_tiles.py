@@ -26,7 +26,7 @@ from eosin.data_curation.records import (
     keep_rows,
     make_keys,
 )
-from eosin.data_curation.slide import RegionError, Slide
+from eosin.data_curation.slide import Decoding, RegionError, Slide
 from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.slide_pool import check_identity
 
@@ -133,7 +133,7 @@ def refuse_reference_columns(records: Records) -> None:
 
 
 def read_slide_tiles(
-    source: pa.Table, jpeg_quality: int, *, pass_through: bool
+    source: pa.Table, jpeg_quality: int, *, pass_through: bool, decoding: Decoding = "exact"
 ) -> Iterator[EncodedTile | Failure]:
     """Each tile of `source`, encoded; a slide is opened once for a run of its tiles.
 
@@ -142,11 +142,12 @@ def read_slide_tiles(
         jpeg_quality: of tiles that are encoded here.
         pass_through: whether a tile that the slide holds as a JPEG keeps its bytes; `eosin tile`
             has decoded it before.
+        decoding: of the slide's JPEGs.
     """
     rows = source.to_pylist()
     for (path, *mpp), tiles in groupby(rows, key=lambda r: (r["path"], r["mpp_x"], r["mpp_y"])):
         yield from _read_slide(
-            Path(path), (mpp[0], mpp[1]), list(tiles), jpeg_quality, pass_through
+            Path(path), (mpp[0], mpp[1]), list(tiles), jpeg_quality, pass_through, decoding
         )
 
 
@@ -156,9 +157,10 @@ def _read_slide(
     tiles: list[dict[str, Any]],
     jpeg_quality: int,
     pass_through: bool,
+    decoding: Decoding,
 ) -> Iterator[EncodedTile | Failure]:
     try:
-        slide = Slide(path, mpp=mpp)
+        slide = Slide(path, mpp=mpp, decoding=decoding)
     except SlideError as error:
         yield from [Failure(status=Status.UNREADABLE, reason=str(error))] * len(tiles)
         return

@@ -20,7 +20,7 @@ from eosin.data_curation.grid import Grid, make_grid
 from eosin.data_curation.manifest import TILES, Status, make_tile_id, write_table
 from eosin.data_curation.overlay import write_overlay
 from eosin.data_curation.quality import Quality, measure_quality
-from eosin.data_curation.slide import RegionError, Slide
+from eosin.data_curation.slide import Decoding, RegionError, Slide
 from eosin.data_curation.slide_list import SlideSource
 from eosin.data_curation.slide_masks import find_masks
 from eosin.data_curation.slide_metadata import SlideError
@@ -66,6 +66,7 @@ class SlideJob:
     segmenter: Path | None
     """Folder of a network that takes the place of the classical masks."""
     with_vahadane: bool
+    decoding: Decoding
 
 
 def tile_slide(job: SlideJob) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def tile_slide(job: SlideJob) -> dict[str, Any]:
     record = empty_record()
     try:
         check_tiff_header(job.source.path)
-        with Slide(job.source.path, job.source.mpp) as slide:
+        with Slide(job.source.path, job.source.mpp, decoding=job.decoding) as slide:
             record |= _describe(slide)
             mpp = job.mpp or max(slide.mpp)
             slide.level_for(mpp)
@@ -98,7 +99,8 @@ def tile_slide(job: SlideJob) -> dict[str, Any]:
 
 def empty_record() -> dict[str, Any]:
     """The measured part of a slide's row before anything is known."""
-    unknown = ("width_px", "height_px", "mpp_x", "mpp_y", "mpp_source", "scanner", "quickhash")
+    unknown = ("width_px", "height_px", "mpp_x", "mpp_y", "mpp_source", "scanner", "quickhash",
+               "decoding")  # fmt: skip
     return {
         **dict.fromkeys(unknown),
         "tissue_area_mm2": None,
@@ -122,6 +124,7 @@ def _describe(slide: Slide) -> dict[str, Any]:
         "mpp_source": slide.mpp_source,
         "scanner": slide.scanner,
         "quickhash": slide.quickhash,
+        "decoding": slide.decoding,
     }
 
 

@@ -18,7 +18,7 @@ from eosin.data_curation.isolation import Lost, run_isolated
 from eosin.data_curation.manifest import SLIDES, TILES, Status, read_table, write_table
 from eosin.data_curation.pseudonyms import Pseudonyms
 from eosin.data_curation.segmenter import segmenter_digest
-from eosin.data_curation.slide import RegionError, Slide
+from eosin.data_curation.slide import Decoding, RegionError, Slide
 from eosin.data_curation.slide_list import SlideSource, list_slides, slide_bytes
 from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.tile_slide import (
@@ -65,6 +65,10 @@ class TileOptions:
     of pen, where it knows pen): ``segmenter.yaml`` and an ONNX file or safetensors weights."""
     vahadane: bool = False
     """Also estimate each slide's stains by Vahadane's method, about a second a slide."""
+    decoding: Decoding = "exact"
+    """Of the pixels that tiles are measured on. ``scaled``: JPEGs of a level that is 2, 4 or 8
+    times as fine as the tiles are decoded at a part of their size: quicker, not quite their mean.
+    slides.parquet says which it was; what goes into shards is `shard.decoding`'s."""
     pseudonyms: Path | None = None
     """Key file (`openssl rand -hex 32`): slide_ids and groups become keyed hashes here and in all
     that is made from this; slides.parquet alone has the slides' paths beside them."""
@@ -264,6 +268,7 @@ def _job(source: SlideSource, config: TileConfig) -> SlideJob:
         "tissue_rule": rule,
         "segmenter": segmenter_digest(config.segmenter) if config.segmenter is not None else None,
         "vahadane": config.vahadane,
+        "decoding": config.decoding,
     }
     stamp = stamp_of(
         format=FORMAT,
@@ -283,6 +288,7 @@ def _job(source: SlideSource, config: TileConfig) -> SlideJob:
         tissue_rule=rule,
         segmenter=config.segmenter,
         with_vahadane=config.vahadane,
+        decoding=config.decoding,
     )
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eosin.data_curation.codec import encode_tile
+from eosin.data_curation.coded_tiles import DecodedTiles
 from eosin.data_curation.curate import CurateConfig, curate
 from eosin.data_curation.shards import ShardOptions
 from eosin.data_curation.slide import Slide
@@ -89,7 +90,11 @@ def _slide(config: BenchTileConfig, folder: Path) -> Iterator[tuple[Path, tuple[
 def _rows(config: BenchTileConfig, path: Path, mpp: tuple[float, float]) -> Iterator[Row]:
     side = config.size_px
     own = max(mpp)
-    with Slide(path, mpp) as ours, openslide.OpenSlide(path) as theirs:
+    with (
+        Slide(path, mpp) as ours,
+        Slide(path, mpp, DecodedTiles(max_mb=1), "scaled") as scaled,  # not all tiles, for good
+        openslide.OpenSlide(path) as theirs,
+    ):
 
         def plain(x: int, y: int, factor: int) -> Image.Image:
             level = theirs.get_best_level_for_downsample(factor * _SLACK)
@@ -129,6 +134,13 @@ def _rows(config: BenchTileConfig, path: Path, mpp: tuple[float, float]) -> Iter
                 0,
                 2,
                 lambda x, y: ours.read_tile(x, y, side, 2 * own),
+                lambda x, y: np.asarray(plain(x, y, 2)),
+            ),
+            (
+                "tiles at half the scale, decoding=scaled",
+                0,
+                2,
+                lambda x, y: scaled.read_tile(x, y, side, 2 * own),
                 lambda x, y: np.asarray(plain(x, y, 2)),
             ),
             ("JPEGs at the slide's scale, on its grid", 0, 1, ours_jpeg, plain_jpeg),

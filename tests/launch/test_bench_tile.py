@@ -18,7 +18,7 @@ def test_the_rows_are_rates_of_both_sides(
     words = [f"slide={path}", "repeats=1", "tiles=4", "--json", str(tmp_path / "tile.json")]
     assert main(["bench", "tile", *words]) == 0
     rows = json.loads((tmp_path / "tile.json").read_text())
-    assert len(rows) == 6
+    assert len(rows) == 7
     said = capsys.readouterr().out
     for row in rows:
         assert row["unit"] == "tiles/s" and row["ours"] > 0 and row["baseline"] > 0
