@@ -7,6 +7,7 @@ whole level pixels. And a region that cannot be decoded, or that the scanner nev
 """
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +19,7 @@ from PIL import Image
 from eosin.configs.errors import EosinError
 from eosin.data_curation.area_mean import area_mean
 from eosin.data_curation.coded_tiles import CodedTiles, DecodedTiles
+from eosin.data_curation.fastslide_reader import ALSO_FASTSLIDE, ONLY_FASTSLIDE, FastSlideHandle
 from eosin.data_curation.manifest import Status
 from eosin.data_curation.slide_metadata import (
     Level,
@@ -29,7 +31,7 @@ from eosin.data_curation.slide_metadata import (
     scanner_name,
 )
 
-SLIDE_SUFFIXES = frozenset(
+SLIDE_SUFFIXES = ONLY_FASTSLIDE | frozenset(
     (
         ".bif",
         ".czi",
@@ -45,7 +47,7 @@ SLIDE_SUFFIXES = frozenset(
         ".vmu",
     )
 )
-"""Extensions of the formats that OpenSlide 4 reads."""
+"""Extensions of the formats that OpenSlide 4 reads; and of those that fastslide does."""
 
 MPP_TOLERANCE = 1e-3
 """A level this much (relative) coarser than the request still serves it."""
@@ -381,9 +383,14 @@ def _quarters(x0: int, y0: int, x1: int, y1: int) -> list[tuple[int, int, int, i
 
 
 def _open(path: Path) -> Any:
+    suffix = path.suffix.lower()
+    if suffix in ONLY_FASTSLIDE:
+        return FastSlideHandle(path)
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
+        if suffix in ALSO_FASTSLIDE and find_spec("fastslide") is not None:
+            return FastSlideHandle(path)
         raise SlideError(
             Status.UNREADABLE, "not a slide format that OpenSlide reads, or cut off"
         ) from error
