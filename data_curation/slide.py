@@ -51,6 +51,8 @@ SLIDE_SUFFIXES = ONLY_FASTSLIDE | frozenset(
 
 MPP_TOLERANCE = 1e-3
 """A level this much (relative) coarser than the request still serves it."""
+MAX_UPSAMPLE = 0.25
+"""And so does a scan, where the user says so, up to this much."""
 _STRIP_PX = 1 << 22
 """Source pixels held at once when a region is large."""
 _FINER = 2.9
@@ -85,6 +87,8 @@ class Slide:
         mpp: µm per level-0 pixel (x, y) that replaces the file's own.
         cache: of decoded tiles, which many slides may share; one of its own by default.
         decoding: see `Decoding`; of `read_tile` alone.
+        max_upsample: how much coarser (relative) than a tile the scan may be. A tile's pixel then
+            is the mean over its exact area all the same: part of one pixel of the scan, or two.
 
     Raises:
         SlideError: not a slide, damaged, or without a plausible mpp.
@@ -96,9 +100,10 @@ class Slide:
         mpp: tuple[float, float] | None = None,
         cache: DecodedTiles | None = None,
         decoding: Decoding = "exact",
+        max_upsample: float = 0.0,
     ) -> None:
         self.path = path
-        self.decoding = decoding
+        self.decoding, self._max_upsample = decoding, max(max_upsample, MPP_TOLERANCE)
         self._cache = cache
         self._coded: CodedTiles | None = None
         self._handle = _open(path)
@@ -137,15 +142,15 @@ class Slide:
             SlideError: the scan is coarser than `mpp` (status `upsampling`).
         """
         scan_mpp = max(self.mpp)
-        if scan_mpp > mpp * (1 + MPP_TOLERANCE):
+        if scan_mpp > mpp * (1 + self._max_upsample):
             smallest = math.ceil(scan_mpp / (1 + MPP_TOLERANCE) * 1e4) / 1e4
             raise SlideError(
                 Status.UPSAMPLING,
                 f"scanned at {scan_mpp:g} µm/px, coarser than the {mpp:g} asked for; "
-                f"mpp={smallest:g} is the smallest that would admit it",
+                f"mpp={smallest:g} is the smallest that would admit it without max_upsample",
             )
         serving = [lv for lv in self.levels if self._level_mpp(lv) <= mpp * (1 + MPP_TOLERANCE)]
-        return max(serving, key=self._level_mpp)
+        return max(serving, key=self._level_mpp) if serving else self.levels[0]
 
     def _tile_level(self, mpp: float) -> Level:
         """The level that a tile is averaged from: coarse for speed, yet as good as level 0.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from eosin.data_curation.coded_tiles import DecodedTiles
 from eosin.data_curation.manifest import Status
 from eosin.data_curation.records import file_identity
-from eosin.data_curation.slide import RegionError, Slide
+from eosin.data_curation.slide import MAX_UPSAMPLE, RegionError, Slide
 from eosin.data_curation.slide_metadata import SlideError
 
 _CACHE_MB = 64  # of decoded pixels, one cache for all slides; OpenSlide's own is 32 MB a slide
@@ -107,7 +107,7 @@ class SlidePool:
             self._open.popitem(last=False)[1].close()
         try:
             mpp = (source.mpp_x, source.mpp_y)
-            slide = _CachedSlide(Path(source.path), mpp, self._decoded)
+            slide = _CachedSlide(Path(source.path), mpp, self._decoded, max_upsample=MAX_UPSAMPLE)
         except SlideError as error:
             raise SlideError(error.status, f"{source.path}: {error.reason}") from error
         slide.use(self._cache)

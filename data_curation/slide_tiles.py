@@ -26,7 +26,7 @@ from eosin.data_curation.records import (
     keep_rows,
     make_keys,
 )
-from eosin.data_curation.slide import Decoding, RegionError, Slide
+from eosin.data_curation.slide import MAX_UPSAMPLE, Decoding, RegionError, Slide
 from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.slide_pool import check_identity
 
@@ -115,7 +115,8 @@ def check_slide(use: SlideUse) -> Failure | None:
     """Why the slide cannot serve its tiles, or None. It is opened, but none of its pixels read."""
     try:
         check_identity(use.path, use.identity)
-        with Slide(Path(use.path), mpp=(use.mpp_x, use.mpp_y)) as slide:
+        mpp = (use.mpp_x, use.mpp_y)
+        with Slide(Path(use.path), mpp=mpp, max_upsample=MAX_UPSAMPLE) as slide:
             slide.level_for(use.requested_mpp)
     except SlideError as error:
         return Failure(status=error.status, reason=str(error))
@@ -160,7 +161,7 @@ def _read_slide(
     decoding: Decoding,
 ) -> Iterator[EncodedTile | Failure]:
     try:
-        slide = Slide(path, mpp=mpp, decoding=decoding)
+        slide = Slide(path, mpp=mpp, decoding=decoding, max_upsample=MAX_UPSAMPLE)
     except SlideError as error:
         yield from [Failure(status=Status.UNREADABLE, reason=str(error))] * len(tiles)
         return

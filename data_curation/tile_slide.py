@@ -67,6 +67,7 @@ class SlideJob:
     """Folder of a network that takes the place of the classical masks."""
     with_vahadane: bool
     decoding: Decoding
+    max_upsample: float
 
 
 def tile_slide(job: SlideJob) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def tile_slide(job: SlideJob) -> dict[str, Any]:
     record = empty_record()
     try:
         check_tiff_header(job.source.path)
-        with Slide(job.source.path, job.source.mpp, decoding=job.decoding) as slide:
+        with open_slide(job) as slide:
             record |= _describe(slide)
             mpp = job.mpp or max(slide.mpp)
             slide.level_for(mpp)
@@ -95,6 +96,16 @@ def tile_slide(job: SlideJob) -> dict[str, Any]:
     if record["status"] not in RETRIED:
         mark_done(job.folder / MARKER, job.stamp, slide=record)
     return record
+
+
+def open_slide(job: SlideJob) -> Slide:
+    """The slide, as the job wants it read.
+
+    Raises:
+        SlideError: see `Slide`.
+    """
+    source = job.source
+    return Slide(source.path, source.mpp, decoding=job.decoding, max_upsample=job.max_upsample)
 
 
 def empty_record() -> dict[str, Any]:

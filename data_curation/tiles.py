@@ -18,7 +18,7 @@ from eosin.data_curation.isolation import Lost, run_isolated
 from eosin.data_curation.manifest import SLIDES, TILES, Status, read_table, write_table
 from eosin.data_curation.pseudonyms import Pseudonyms
 from eosin.data_curation.segmenter import segmenter_digest
-from eosin.data_curation.slide import Decoding, RegionError, Slide
+from eosin.data_curation.slide import MAX_UPSAMPLE, Decoding, RegionError, Slide
 from eosin.data_curation.slide_list import SlideSource, list_slides, slide_bytes
 from eosin.data_curation.slide_metadata import SlideError
 from eosin.data_curation.tile_slide import (
@@ -28,6 +28,7 @@ from eosin.data_curation.tile_slide import (
     TILES_FILE,
     SlideJob,
     empty_record,
+    open_slide,
     tile_slide,
 )
 from eosin.data_curation.tissue import AUTO, RULES, rule_for
@@ -65,6 +66,9 @@ class TileOptions:
     of pen, where it knows pen): ``segmenter.yaml`` and an ONNX file or safetensors weights."""
     vahadane: bool = False
     """Also estimate each slide's stains by Vahadane's method, about a second a slide."""
+    max_upsample: float = 0.0
+    """How much coarser than `mpp` a slide may be scanned, as a share: at mpp=0.5, 0.05 admits one
+    of 0.525 µm/px. Its tiles are enlarged by as much; the two mpp of slides.parquet show it."""
     decoding: Decoding = "exact"
     """Of the pixels that tiles are measured on. ``scaled``: JPEGs of a level that is 2, 4 or 8
     times as fine as the tiles are decoded at a part of their size: quicker, not quite their mean.
@@ -90,6 +94,8 @@ class TileOptions:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.max_upsample <= MAX_UPSAMPLE:
+            raise ValueError(f"max_upsample is 0 to {MAX_UPSAMPLE}, not {self.max_upsample}")
         if self.tissue_rule not in (AUTO, *RULES):
             known = ", ".join([AUTO, *RULES])
             raise ValueError(f"tissue_rule is one of {known}, not '{self.tissue_rule}'")
@@ -211,7 +217,7 @@ def plan(config: TileConfig) -> str:
     seconds: float | None = None
     for job in todo:
         try:
-            with Slide(job.source.path, job.source.mpp) as slide:
+            with open_slide(job) as slide:
                 mpp = job.mpp or max(slide.mpp)
                 slide.level_for(mpp)
                 grid = make_grid(
@@ -269,6 +275,7 @@ def _job(source: SlideSource, config: TileConfig) -> SlideJob:
         "segmenter": segmenter_digest(config.segmenter) if config.segmenter is not None else None,
         "vahadane": config.vahadane,
         "decoding": config.decoding,
+        "max_upsample": float(config.max_upsample),
     }
     stamp = stamp_of(
         format=FORMAT,
@@ -289,6 +296,7 @@ def _job(source: SlideSource, config: TileConfig) -> SlideJob:
         segmenter=config.segmenter,
         with_vahadane=config.vahadane,
         decoding=config.decoding,
+        max_upsample=config.max_upsample,
     )
 
 

@@ -156,6 +156,24 @@ def test_upsampling_is_refused_with_the_smallest_mpp_that_works(
             slide.read_tile(0, 0, 64, smallest - 2e-4)
 
 
+def test_upsampling_where_it_is_allowed_is_the_mean_over_exact_areas(
+    tmp_path: Path, write_slide: WriteSlide
+) -> None:
+    """A tile's pixel of 0.8 of the scan's: against the scan with each pixel drawn 5 × 5."""
+    pixels = noise(200, 160)
+    path = write_slide(tmp_path / "s.tiff", [pixels], (0.5, 0.5))
+    fine = pixels.repeat(5, 0).repeat(5, 1).astype(np.float64)
+    with Slide(path, max_upsample=0.25) as slide:
+        found = slide.read_tile(8, 12, 100, 0.4)
+        part = fine[60 : 60 + 400, 40 : 40 + 400]
+        expected = part.reshape(100, 4, 100, 4, 3).mean((1, 3))
+        assert np.abs(found - expected).max() <= 0.51
+        with pytest.raises(SlideError, match=r"mpp=0\.4996 .* without max_upsample"):
+            slide.read_tile(0, 0, 10, 0.39)
+    with Slide(path, max_upsample=0.05) as slide, pytest.raises(SlideError):
+        slide.read_tile(0, 0, 10, 0.4)
+
+
 def test_a_text_file_is_not_a_slide(tmp_path: Path) -> None:
     path = tmp_path / "text.svs"
     path.write_text("not a slide")

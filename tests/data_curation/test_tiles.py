@@ -18,6 +18,8 @@ from eosin.data_curation import tile_slide as tile_slide_module
 from eosin.data_curation import tiles as tiles_module
 from eosin.data_curation.isolation import Lost
 from eosin.data_curation.manifest import SLIDES, TILES, Status, read_table
+from eosin.data_curation.shard_reader import ShardReader
+from eosin.data_curation.shards import ShardConfig, shard
 from eosin.data_curation.slide_list import slide_bytes
 from eosin.data_curation.tiles import TileConfig, pieces, plan, tile
 
@@ -352,3 +354,24 @@ def test_real_slides_give_the_cells_they_should(real_data: Path, tmp_path: Path)
     effective = np.stack([cells["effective_mpp_x"], cells["effective_mpp_y"]])
     assert np.abs(effective / 4 - 1).max() < 1e-3
     assert cells.schema.equals(pa.schema(list(TILES)), check_metadata=False)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_slide_a_little_too_coarse_is_admitted_where_the_user_says_so(
+    tmp_path: Path, write_slide: WriteSlide
+) -> None:
+    pixels = np.full((256, 256, 3), (200, 120, 170), np.uint8)
+    write_slide(tmp_path / "slides" / "s.tiff", [pixels], (0.52, 0.52))
+    with pytest.raises(EosinError, match="upsampling"):
+        tile(config_of(tmp_path / "slides", tmp_path / "out", mpp=0.5))
+    tile(config_of(tmp_path / "slides", tmp_path / "out", mpp=0.5, max_upsample=0.05))
+    (slide,) = rows_of(tmp_path / "out", "slides")
+    assert (slide["status"], slide["mpp_x"]) == ("ok", 0.52)
+    tiles = [row for row in rows_of(tmp_path / "out", "tiles") if row["status"] == "ok"]
+    assert tiles and all(row["effective_mpp_x"] == pytest.approx(0.5) for row in tiles)
+    shard(ShardConfig(tiles=tmp_path / "out", out=tmp_path / "shards", workers=1))
+    reader = ShardReader(str(tmp_path / "shards"))
+    assert len(reader) == len(tiles)
+    assert reader.image(0).shape[0] == tiles[0]["size_px"]
+    with pytest.raises(ValueError, match=r"max_upsample is 0 to 0\.25, not 0\.5"):
+        config_of(tmp_path / "slides", tmp_path / "out", mpp=0.5, max_upsample=0.5)
