@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.descriptors import HISTOGRAM_BINS, colour_histogram, mean_colour
+from eosin.data_curation.published_encoders import Published, load_published
 from eosin.data_curation.stain_texture import DIM as STAIN_TEXTURE_DIM
 from eosin.data_curation.stain_texture import stain_texture
 from eosin.data_curation.tile_print import DIM as PRINT_DIM
@@ -120,12 +121,16 @@ class NetworkEncoder(Encoder):
         device: torch.device,
         pooling: str | None,
         input_px: int | None = None,
+        known: Published | None = None,
     ) -> None:
         timm = import_timm()
+        self._known = known
         self._model = model.eval().requires_grad_(False).to(device)
         self._source, self._device, self.name = source, device, name
         self.pooling = _resolve_pooling(model, pooling, name)
         config = timm.data.resolve_model_data_config(model)
+        if known is not None:
+            config |= known.preprocessing()
         if input_px is not None:
             config["input_size"] = (3, input_px, input_px)
         channels, height, width = config["input_size"]
@@ -188,13 +193,20 @@ class NetworkEncoder(Encoder):
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # no accelerator's generator is touched
-            model = import_timm().create_model(self._source, pretrained=False)
+            known = self._known.all_arguments() if self._known else {}
+            model = import_timm().create_model(self._source, pretrained=False, **known)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if parameter_name.rpartition(".")[2] in _LAYER_SCALES:
                     parameter.fill_(1.0)
         return NetworkEncoder(
-            model, self._source, f"{self.name}-random", self._device, self.pooling, self.input_px
+            model,
+            self._source,
+            f"{self.name}-random",
+            self._device,
+            self.pooling,
+            self.input_px,
+            self._known,
         )
 
     def _run(self, prepared: Sequence[Tensor]) -> Tensor:
@@ -228,7 +240,8 @@ def load_encoder(
     Args:
         spec: a folder with ``config.json`` and ``model.safetensors`` as timm writes them, or a run
             folder with such an ``encoder/`` in it; ``timm:NAME`` with pretrained weights (NAME may
-            be ``hf-hub:ORG/MODEL``); ``builtin:stain-texture``, ``builtin:mean-colour``,
+            be ``hf-hub:ORG/MODEL``); ``published:NAME`` or ``published:NAME:FOLDER``, see
+            `published_encoders`; ``builtin:stain-texture``, ``builtin:mean-colour``,
             ``builtin:colour-histogram`` or ``builtin:tile-print``. A suffix ``@cls``, ``@mean``,
             ``@clsmean`` or ``@native`` chooses the pooling.
         device: where the network runs.
@@ -247,6 +260,12 @@ def load_encoder(
     kind, _, name = spec.partition(":")
     if kind == "builtin":
         return _builtin(name)
+    if kind == "published":
+        name, _, where = name.partition(":")
+        model, known = load_published(name, Path(where) if where else None)
+        source = f"local-dir:{where}" if where else f"hf-hub:{known.hub}"
+        pooling = pooling or known.pooling
+        return NetworkEncoder(model, source, name, device, pooling, input_px, known)
     if kind == "timm":
         model = _pretrained(name)
         return NetworkEncoder(model, name, name.replace("/", "_"), device, pooling, input_px)
@@ -296,7 +315,9 @@ def _find_folder(path: Path) -> Path:
             return folder
     if path.is_dir():
         raise InputError(f"{path} holds no encoder: no config.json with a model.safetensors")
-    raise InputError(f"no encoder '{path}': neither a folder, nor timm:NAME, nor builtin:NAME")
+    raise InputError(
+        f"no encoder '{path}': neither a folder, nor timm:, published: or builtin:NAME"
+    )
 
 
 def _load_folder(folder: Path) -> Any:

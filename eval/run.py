@@ -55,7 +55,8 @@ class EvalConfig:
     """Scores an encoder, the same network at random weights and two colour floors."""
 
     encoder: str
-    """A run folder, an encoder folder, timm:NAME; with @cls, @mean or @clsmean for the pooling."""
+    """A run folder, an encoder folder, timm:NAME, published:NAME[:FOLDER]; with @cls, @mean or
+    @clsmean for the pooling."""
     task: TaskConfig
     out: Path
     """Folder for results.json, predictions.parquet, report.html and the cached features."""
