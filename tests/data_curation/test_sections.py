@@ -4,10 +4,12 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from eosin.data_curation.folds import find_folds
-from eosin.data_curation.glass import density_planes
+from eosin.data_curation.glass import density_planes, estimate_glass
 from eosin.data_curation.sections import find_sections
+from eosin.data_curation.tissue import find_tissue
 
 
 def pieces(*discs: tuple[int, int, int]) -> NDArray[np.bool_]:
@@ -64,3 +66,15 @@ def test_a_band_twice_as_dense_is_a_fold_and_a_block_is_none(tmp_path: Path) -> 
     assert found[band > 0].mean() > 0.8
     assert found[block].mean() < 0.1
     assert found[(band == 0) & ~block].mean() < 0.03
+
+
+def test_a_real_fold_is_found(real_data: Path) -> None:
+    """A dark band runs across this picture; beside it lie pen and tissue."""
+    path = real_data / "qc" / "high-nuclei-score-red-pen-level1.png"
+    rgb = np.asarray(Image.open(path).convert("RGB"))
+    tissue = find_tissue(rgb, (1.0, 1.0)).tissue
+    found = find_folds(density_planes(rgb, estimate_glass(rgb)), tissue, 1.0)
+    assert all(found[y, x] for x, y in ((50, 255), (150, 275), (250, 300), (350, 325)))
+    band = np.zeros(found.shape, np.uint8)
+    cv2.line(band, (0, 250), (512, 390), 1, 90)
+    assert found[band == 0].mean() < 0.005
