@@ -91,6 +91,7 @@ class _Supervisor:
         self.size = int(os.environ.get("SLURM_NTASKS", "1"))
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.signals: list[int] = []
+        self.ended = 0.0
         self.child: subprocess.Popen[bytes] | None = None
         self.excluded = self.folder / EXCLUDED / f"{self.job}.txt"
 
@@ -108,6 +109,9 @@ class _Supervisor:
         for early in self.signals:  # those that came while it started
             self.child.send_signal(early)
         code = self.child.wait()
+        self.ended = time.monotonic()
+        if code == AGAIN and not self.signals:
+            self._settle()  # ranks end together: the signal that ended another may be on its way
         ending = read_ending(code, bool(self.signals), self.task.limits)
         bad = [name for name in self._bad_nodes() if name not in before]
         if bad and ending.what == "again":
@@ -129,8 +133,7 @@ class _Supervisor:
 
     def _again(self, ending: Ending, progress: str, bad: list[str]) -> int:
         """Puts the job back into the queue, unless it is failing, cancelled or there already."""
-        if self.size > 1:
-            time.sleep(_SETTLE_S)
+        self._settle()
         state = slurm.job_state(self.job)
         if state != "RUNNING":
             self._note("ended", f"{ending.reason}; Slurm is ending the job ({state or 'gone'})")
@@ -146,6 +149,11 @@ class _Supervisor:
         while slurm.job_state(self.job) == "RUNNING" and time.monotonic() < deadline:
             time.sleep(1.0)
         return AGAIN
+
+    def _settle(self) -> None:
+        """Waits until other ranks that ended with this one have said so, and Slurm why."""
+        if self.size > 1:
+            time.sleep(max(0.0, self.ended + _SETTLE_S - time.monotonic()))
 
     def _record(self, ending: Ending, progress: str) -> None:
         """Writes down this restart; the first rank to do so speaks for all."""

@@ -213,13 +213,16 @@ def supervise(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
     )
     scontrol.chmod(0o755)
 
-    def run(verb: str, restart: int = 0, state: str = "RUNNING") -> tuple[int, list[str]]:
+    def run(
+        verb: str, restart: int = 0, state: str = "RUNNING", ranks: int = 1
+    ) -> tuple[int, list[str]]:
         (tmp_path / "verb.py").write_text(f"import os, signal, sys, time\n{verb}\n")
         (tmp_path / "state").write_text(f"JobId=7 JobState={state} ExcNodeList=n3\n")
         (tmp_path / "asked").write_text("")
         env = os.environ | {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
-            "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_PROCID": "0", "SLURM_NTASKS": str(ranks), "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "n[1-2]",
             "SLURM_RESTART_COUNT": str(restart), "SLURMD_NODENAME": "n1",
         }  # fmt: skip
         command = [sys.executable, "-c", SUPERVISE, str(tmp_path), f"out={tmp_path}/run"]
@@ -261,6 +264,21 @@ def test_the_supervisor_passes_signals_on_once_and_sees_a_crash_loop(
     assert supervise(crash, 3) == (1, ["update JobId=7 Requeue=0"])
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     assert supervise(crash, 3) == (75, ["requeue 7"])
+
+
+def test_a_rank_that_ended_before_its_own_signal_came_has_not_crashed(
+    supervise: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    """Ranks agree to stop when the first of them is told to; the others hear of it later."""
+    late = (
+        "import subprocess\n"
+        "subprocess.Popen(['sh', '-c', f'sleep 1.5; kill -TERM {os.getppid()}'])\n"
+        "sys.exit(75)"
+    )
+    assert supervise(late, ranks=2) == (75, ["requeue 7"])
+    assert supervise("sys.exit(75)", restart=1, ranks=2) == (75, ["requeue 7"])
+    records = [json.loads((tmp_path / f"restarts/7_000{n}.json").read_text()) for n in (0, 1)]
+    assert [record["crash"] for record in records] == [False, True]
 
 
 def test_status_tells_jobs_apart_without_accounting(tmp_path: Path) -> None:
