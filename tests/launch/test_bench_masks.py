@@ -19,5 +19,5 @@ def test_the_bars_hold_on_new_slides(tmp_path: Path) -> None:
 
 
 def test_seeds_that_set_thresholds_are_refused() -> None:
-    with pytest.raises(ValueError, match="those below 1000 set the thresholds"):
+    with pytest.raises(ValueError, match="those below 5000 set the thresholds"):
         BenchMasksConfig(seed=11)
