@@ -20,7 +20,7 @@ from eosin.configs.errors import ConfigError, InputError
 from eosin.configs.load import load_config
 from eosin.data_curation.glass import density_planes, estimate_glass
 from eosin.data_curation.pen import find_pen
-from eosin.data_curation.tissue import Tissue
+from eosin.data_curation.tissue import SMOOTHING_UM, Tissue
 from eosin.launch.artefacts import file_digest
 
 CONFIG_FILE, WEIGHTS_FILE = "segmenter.yaml", "weights.safetensors"
@@ -94,7 +94,7 @@ class Segmenter(ABC):
             if config.pen is not None:
                 pen[window] = probability[config.pen].sum(0) >= config.threshold
         if config.pen is None:
-            smooth = np.asarray(cv2.GaussianBlur(rgb, (0, 0), 8.0 / config.mpp), np.uint8)
+            smooth = np.asarray(cv2.GaussianBlur(rgb, (0, 0), SMOOTHING_UM / config.mpp), np.uint8)
             pen = find_pen(density_planes(smooth, estimate_glass(rgb)), config.mpp)
         return Tissue(tissue=tissue & ~pen, pen=pen, mpp=mpp)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eosin.data_curation.embed_config import NormaliseConfig, StainMethod
 from eosin.data_curation.stain_library import StainCondition, read_condition
-from eosin.data_curation.stain_vectors import FAINTEST, FEWEST_PIXELS
+from eosin.data_curation.stain_vectors import FAINTEST, FEWEST_PIXELS, HAEMATOXYLIN_EOSIN
 from eosin.launch.artefacts import stamp_of
 
 _LOOKED_AT_PX = 96
@@ -161,7 +161,7 @@ def _measure_stains(density: Tensor, height: int, width: int) -> tuple[Tensor, T
     found = found.clamp(min=0)
     found = found / found.norm(dim=-1, keepdim=True).clamp(min=1e-9)
     found = torch.where((found[:, 0, 0] < found[:, 1, 0])[:, None, None], found.flip(1), found)
-    fallback = found.new_tensor([[0.65, 0.704, 0.286], [0.072, 0.99, 0.105]])
+    fallback = found.new_tensor(HAEMATOXYLIN_EOSIN)
     found = torch.where(known[:, None, None], found, fallback)
     amounts = (grid @ torch.linalg.pinv(found)).masked_fill(~stained[..., None], torch.nan)
     strength = torch.nanquantile(amounts, 0.99, dim=1)  # [B, 2]

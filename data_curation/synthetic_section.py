@@ -11,13 +11,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from eosin.data_curation.stain_vectors import HAEMATOXYLIN_EOSIN, STAINS
 from eosin.data_curation.synthetic_layout import TRUTH_DOWNSAMPLE, Layout, Mask
 from eosin.data_curation.synthetic_tissue import PAINTERS, Floats, Rng, paint, smooth_noise
 
 # Unit optical densities of haematoxylin and eosin in R, G, B.
-_RUIFROK = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])  # Ruifrok & Johnston 2001
+_RUIFROK = HAEMATOXYLIN_EOSIN
 _MACENKO = np.array([[0.563, 0.720, 0.406], [0.216, 0.801, 0.558]])  # Macenko et al. 2009
-_DAB = np.array([0.268, 0.570, 0.776])  # Ruifrok & Johnston 2001
+_DAB = STAINS[2]
 _SILVER = np.array([0.560, 0.577, 0.595])  # black
 _BEIGE = np.array([0.42, 0.52, 0.74])  # what silver leaves on everything else
 _PENS = np.array([[1.7, 0.9, 0.15], [1.6, 0.35, 1.1], [1.5, 1.5, 1.4], [0.15, 1.5, 1.2]])
