@@ -208,6 +208,10 @@ PREDICTIONS = pa.schema(
         _field("group", pa.string()),
         _field("label", pa.int32()),  # index into the task's classes
         _field("prediction", pa.int32()),  # likewise
+        pa.field("votes", pa.list_(pa.float32())),  # a class each; null: all for the prediction
+        pa.field("scores", pa.list_(pa.float32())),  # a class each; null: none beyond the votes
+        _field("probabilities", pa.bool_()),  # whether the scores are meant as such
+        _field("values", pa.map_(pa.string(), pa.float32())),  # metric → what this tile adds to it
     ]
 )
 """One row a test tile, protocol and encoder: what was predicted for it."""

@@ -3,9 +3,7 @@
 from rich.table import Table
 
 from eosin.eval.results import Results
-from eosin.eval.statistics import METRICS
-
-MAIN_METRIC = next(iter(METRICS))
+from eosin.eval.tables import MAIN_METRIC
 
 
 def scores_table(results: Results) -> Table:

@@ -1,48 +1,110 @@
-"""Few-shot prototypes ``fewshot/simpleshot@1``: SimpleShot with UNI's semantics, in products.
+"""Few-shot prototypes: SimpleShot with UNI's semantics, in products.
 
 An episode draws S tiles a class from train and val without replacement; support and queries are
 centred with the mean of the SUPPORT and scaled to unit length; a prototype is the mean of a
 class's support (not scaled again); every test tile goes to the nearest prototype (Euclidean).
 There are `EPISODES` episodes, drawn from (seed, episode) alone, so every encoder meets the same.
-S is the largest of `SHOTS` that every class affords.
+
+``fewshot/simpleshot@1``
+    mean over the episodes; S is the largest of `SHOTS` up to 16 that every class affords.
+``fewshot/simpleshot-S@1``
+    the same with S = 1, 2, 4 … 256 tiles a class; left out where a class has fewer.
+``fewshot/thunder-vote@1``
+    what the majority of those episodes says of each tile, with S as in the first: an ensemble of
+    1,000, and no mean over them. THUNDER reports this; it is not comparable with the others.
 
 A tile's votes are its shares of episodes. Balanced accuracy and accuracy of votes are exactly the
-means over the episodes, and a bootstrap over groups of votes is one of those means; macro-F1 is
-that of the pooled episodes.
+means over the episodes, and a bootstrap over groups of votes is one of those means; macro-F1 and
+kappa are those of the pooled episodes.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from eosin.eval.probe import Labelled, Outcome, normalise
+from eosin.eval.probe import Family, Labelled, Outcome, normalise, one_hot, shares_of_runs
 
 PROTOCOL = "fewshot/simpleshot@1"
-DESCRIPTION = (
-    "nearest of prototypes from up to 16 tiles a class of train and val; mean of 1000 episodes"
-)
+VOTE = "fewshot/thunder-vote@1"
 
-SHOTS = (16, 8, 4, 2, 1)
+SHOTS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+USUAL_SHOTS = 16
 EPISODES = 1000
-CHUNK = 32
-"""Episodes whose similarities are held at a time."""
+AT_ONCE = 2_000_000
+"""Similarities that are held at a time."""
+
+
+def protocol_of(shots: int) -> str:
+    """The name of the protocol with so many tiles a class."""
+    return f"fewshot/simpleshot-{shots}@1"
+
+
+def run(
+    labelled: Labelled,
+    test_features: npt.NDArray[np.float32],
+    n_classes: int,
+    seed: int,
+    wanted: Sequence[str],
+) -> dict[str, Outcome]:
+    """See `Family`; without the protocols that the smallest class does not afford."""
+    affords = int(np.bincount(labelled.labels, minlength=n_classes).min())
+    usual = next(shots for shots in SHOTS if shots <= min(affords, USUAL_SHOTS))
+    users: dict[int, list[str]] = {}
+    for name in wanted:
+        named = next((s for s in SHOTS if protocol_of(s) == name), usual)
+        if named <= affords:
+            users.setdefault(named, []).append(name)
+    found = {}
+    for shots, names in users.items():
+        runs = episodes(labelled, test_features, n_classes, shots, seed)
+        votes = shares_of_runs(runs, n_classes)
+        for name in names:
+            chosen = {"shots": float(shots)}
+            if name == VOTE:
+                votes_of_all = one_hot(votes.argmax(axis=1), n_classes)
+                found[name] = Outcome(votes=votes_of_all, chosen=chosen)
+            else:
+                found[name] = Outcome(votes=votes, runs=runs, chosen=chosen)
+    return found
 
 
 def probe(
     labelled: Labelled, test_features: npt.NDArray[np.float32], n_classes: int, seed: int
 ) -> Outcome:
-    """Votes of all episodes."""
+    """`PROTOCOL`."""
+    return run(labelled, test_features, n_classes, seed, [PROTOCOL])[PROTOCOL]
+
+
+def episodes(
+    labelled: Labelled,
+    test_features: npt.NDArray[np.float32],
+    n_classes: int,
+    shots: int,
+    seed: int,
+) -> npt.NDArray[np.int16]:
+    """What every episode says of every test tile, [E, Q]."""
     members = [np.flatnonzero(labelled.labels == label) for label in range(n_classes)]
-    shots = next(s for s in SHOTS if s <= min(map(len, members)))
     supports = draw_supports(members, shots, seed)  # [E, C, S]
     # Distances do not change with the origin; at the mean, float32 loses the least.
     origin = labelled.features.mean(axis=0, dtype=np.float64).astype(np.float32)
-    references, queries = labelled.features - origin, test_features - origin
-    counts = np.zeros((len(queries), n_classes))
-    for start in range(0, EPISODES, CHUNK):
-        nearest = _nearest(references, queries, supports[start : start + CHUNK])  # [e, Q]
-        for predictions in nearest:
-            counts[np.arange(len(queries)), predictions] += 1
-    return Outcome(votes=counts / EPISODES, chosen={"shots": float(shots)})
+    references = labelled.features - origin
+    queries = torch.from_numpy(test_features - origin).to(labelled.device)
+    squares = queries.square().sum(dim=1)
+    together = max(1, AT_ONCE // (len(queries) * n_classes))
+    runs = np.empty((EPISODES, len(queries)), np.int16)
+    for start in range(0, EPISODES, together):
+        means, prototypes = _prototypes(references[supports[start : start + together]])
+        found = _nearest(
+            queries,
+            squares,
+            torch.from_numpy(means).to(labelled.device),
+            torch.from_numpy(prototypes).to(labelled.device),
+        )
+        runs[start : start + together] = found.cpu().numpy()
+    return runs
 
 
 def draw_supports(
@@ -57,29 +119,44 @@ def draw_supports(
     return supports
 
 
-def _nearest(
-    references: npt.NDArray[np.float32],
-    queries: npt.NDArray[np.float32],
-    supports: npt.NDArray[np.intp],
-) -> npt.NDArray[np.intp]:
+def _prototypes(
+    support: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Means [e, D] of the supports [e, C, S, D], and their prototypes around those, [e, C, D]."""
+    means = support.mean(axis=(1, 2))
+    centred = support - means[:, None, None]
+    unit = normalise(centred.reshape(-1, support.shape[-1])).reshape(support.shape)
+    return means, unit.mean(axis=2)
+
+
+def _nearest(queries: Tensor, squares: Tensor, means: Tensor, prototypes: Tensor) -> Tensor:
     """The nearest prototype of every query in every one of e episodes, [e, Q].
 
     With q' = (q - m) / |q - m|, argmin |q' - p|² = argmax (q·p - m·p) / |q - m| - |p|² / 2, and
     |q - m|² = |q|² - 2 q·m + |m|²: one product of the queries with all p and m does it.
     """
-    episodes, n_classes, shots = supports.shape
-    support = references[supports]  # [e, C, S, D]
-    means = support.mean(axis=(1, 2))  # [e, D]
-    centred = (support - means[:, None, None]).reshape(episodes * n_classes * shots, -1)
-    prototypes = normalise(centred).reshape(support.shape).mean(axis=2)  # [e, C, D]
+    e, n_classes, dim = prototypes.shape
     along_means = means @ queries.T  # [e, Q]
-    along_prototypes = (prototypes.reshape(episodes * n_classes, -1) @ queries.T).reshape(
-        episodes, n_classes, -1
-    )  # [e, C, Q]
-    squared = (queries**2).sum(axis=1) - 2 * along_means + (means**2).sum(axis=1)[:, None]
-    lengths = np.sqrt(np.maximum(squared, np.finfo(np.float32).tiny))  # [e, Q]
-    offsets = np.einsum("ed,ecd->ec", means, prototypes)
-    margins = (along_prototypes - offsets[:, :, None]) / lengths[:, None]
-    margins -= (prototypes**2).sum(axis=2)[:, :, None] / 2
-    nearest: npt.NDArray[np.intp] = margins.argmax(axis=1)
-    return nearest
+    margins = (prototypes.view(e * n_classes, dim) @ queries.T).view(e, n_classes, -1)  # [e, C, Q]
+    squared = squares - 2 * along_means + means.square().sum(dim=1, keepdim=True)
+    lengths = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
+    margins -= torch.einsum("ed,ecd->ec", means, prototypes)[:, :, None]
+    margins /= lengths[:, None]
+    margins -= prototypes.square().sum(dim=2)[:, :, None] / 2
+    return margins.argmax(dim=1)
+
+
+FAMILY = Family(
+    protocols={
+        PROTOCOL: "nearest of prototypes from up to 16 tiles a class of train and val; mean of "
+        "1000 episodes",
+        **{
+            protocol_of(shots): f"nearest of prototypes from {shots} tiles a class of train and "
+            "val; mean of 1000 episodes"
+            for shots in reversed(SHOTS)
+        },
+        VOTE: "the majority of the 1000 episodes of fewshot/simpleshot@1 on each tile: an ensemble",
+    },
+    run=run,
+    usual=(PROTOCOL,),
+)

@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from eosin.configs.errors import InputError
 from eosin.eval.figures import confusion, confusion_counts, score_bars
+from eosin.eval.intervals import FEW_GROUPS
 from eosin.eval.results import Results
-from eosin.eval.statistics import FEW_GROUPS
 from eosin.eval.tables import (
     difference_bands,
     metric_bands,

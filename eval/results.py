@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eosin.configs.errors import InputError
+from eosin.eval.metrics import LOWER_IS_BETTER
 from eosin.launch.artefacts import SCHEMA_VERSION, read_json, write_json
 
 
@@ -50,12 +51,14 @@ class Score:
     protocol: str
     """Name and version, e.g. ``knn/uni20@1``."""
     metric: str
-    """``balanced_accuracy`` (the table's), ``accuracy`` or ``macro_f1``."""
+    """Of `metrics`: ``balanced_accuracy`` (the table's), ``auroc``, ``ece``, …"""
     value: float
     low: float
     high: float
     """95 % interval of a bootstrap over the groups of the test split."""
-    chosen: dict[str, float]
+    spread: float | None = None
+    """Standard deviation over seeds or episodes, no part of the interval; None: no runs."""
+    chosen: dict[str, float] = field(default_factory=dict)
     """Hyper-parameters chosen on the validation split; empty where there are none."""
 
 
@@ -73,8 +76,8 @@ class Difference:
 
     @property
     def better(self) -> bool:
-        """Better by more than the interval: the paired interval lies above zero."""
-        return self.low > 0
+        """Better by more than the interval: the paired interval lies on the better side of zero."""
+        return self.high < 0 if self.metric in LOWER_IS_BETTER else self.low > 0
 
 
 @dataclass(frozen=True, kw_only=True)

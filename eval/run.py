@@ -1,12 +1,10 @@
 """The verb `eval`: an encoder and its floors on one task, by every protocol, with intervals."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from rich.console import Console
 
@@ -17,34 +15,19 @@ from eosin.data_curation.encoder import DescriptorEncoder, Encoder, load_encoder
 from eosin.data_curation.features import features_stamp, has_features
 from eosin.data_curation.manifest import FEATURE_ROWS, PREDICTIONS, make_id, write_table
 from eosin.data_curation.normalised_encoder import load_normalised
-from eosin.eval import fewshot, knn, linear
 from eosin.eval.console import differences_table, scores_table
+from eosin.eval.intervals import FEW_GROUPS
+from eosin.eval.predictions import predictions_table
 from eosin.eval.probe import Labelled, Outcome
+from eosin.eval.protocols import DESCRIPTIONS, choose, run_protocols
 from eosin.eval.report import write_report
 from eosin.eval.results import EncoderRecord, Results, save_results
-from eosin.eval.scoring import compare, score
-from eosin.eval.statistics import FEW_GROUPS
+from eosin.eval.scoring import compare, draw, score
 from eosin.eval.tasks import Task, TaskConfig, load_task
 from eosin.launch.artefacts import write_json
 from eosin.launch.device_names import DeviceName
 from eosin.launch.process import choose_device
-from eosin.launch.progress import format_seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How a probe is fitted and scored; the name under which it stands is its version."""
-
-    probe: Callable[[Labelled, npt.NDArray[np.float32], int, int], Outcome]
-    description: str
-    """One line: exactly what is done."""
-
-
-PROTOCOLS = {
-    module.PROTOCOL: Protocol(probe=module.probe, description=module.DESCRIPTION)
-    for module in (linear, knn, fewshot)
-}
-"""Every protocol by its name and version."""
+from eosin.launch.progress import Meter, format_seconds
 
 FLOORS = ("builtin:mean-colour", "builtin:colour-histogram")
 """What every table holds beside the encoder and its random-weights twin."""
@@ -65,7 +48,8 @@ class EvalConfig:
     normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
     """With a library, the encoder stands in the table a second time, with tiles moved to one
     staining before it sees them."""
-    protocols: list[str] = field(default_factory=lambda: list(PROTOCOLS))
+    protocols: list[str] = field(default_factory=lambda: ["usual"])
+    """Names, patterns such as 'knn/*' or '*' for all, and 'usual' for the three of every table."""
     seed: int = 0
     """Of carved splits, random weights, few-shot episodes and the bootstrap."""
     device: DeviceName = "auto"
@@ -75,9 +59,7 @@ class EvalConfig:
     """Resamples of the test groups."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.protocols if name not in PROTOCOLS]
-        if unknown or not self.protocols:
-            raise ValueError(f"protocols={self.protocols}: there are {', '.join(PROTOCOLS)}")
+        choose(self.protocols)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if self.n_bootstrap < 100:
@@ -115,7 +97,7 @@ def evaluate(config: EvalConfig, *, with_report: bool = True) -> None:
         name = row.record.name
         outcomes[name], timings[name] = _run_probes(config, task, row)
     results = _results(config, task, [row.record for row in rows], outcomes)
-    predictions = _predictions(task, outcomes)
+    predictions = predictions_table(task, outcomes)
     write_table(predictions, config.out / "predictions.parquet", PREDICTIONS)
     write_json(config.out / "timings.json", timings)
     save_results(results, config.out / "results.json")
@@ -150,7 +132,7 @@ def plan(config: EvalConfig) -> str:
             f"{name}: {len(task.paths)} tiles to embed, about {format_seconds(seconds)} and the "
             f"decoding, {megabytes:.1f} MB"
         )
-    return "\n".join([*lines, f"then {', '.join(config.protocols)} for each"])
+    return "\n".join([*lines, f"then {', '.join(choose(config.protocols))} for each"])
 
 
 def _notes(task: Task) -> list[str]:
@@ -228,14 +210,15 @@ def _run_probes(
         features=features[~test],
         labels=task.labels[~test],
         is_val=task.splits[~test] == "val",
+        device=choose_device(config.device),
     )
     outcomes = {}
-    for protocol in config.protocols:
-        started = time.perf_counter()
-        outcomes[protocol] = PROTOCOLS[protocol].probe(
-            labelled, features[test], len(task.classes), config.seed
-        )
-        seconds[protocol] = time.perf_counter() - started
+    names = choose(config.protocols)
+    ran = run_protocols(names, labelled, features[test], len(task.classes), config.seed)
+    with Meter(f"probe {row.record.name}", len(names), "protocols") as meter:
+        for protocol, outcome, took in ran:
+            outcomes[protocol], seconds[protocol] = outcome, took
+            meter.advance(1)
     return outcomes, seconds
 
 
@@ -254,19 +237,20 @@ def _results(
     records: list[EncoderRecord],
     outcomes: dict[str, dict[str, Outcome]],
 ) -> Results:
-    labels = task.labels[task.splits == "test"]
+    draws = draw(
+        task.labels[task.splits == "test"],
+        task.groups_of("test"),
+        len(task.classes),
+        config.n_bootstrap,
+        config.seed,
+    )
+    protocols = list(outcomes[records[0].name])
     scored = {
         (record.name, protocol): score(
-            record.name,
-            protocol,
-            outcomes[record.name][protocol],
-            labels,
-            task.groups_of("test"),
-            config.n_bootstrap,
-            config.seed,
+            record.name, protocol, outcomes[record.name][protocol], draws
         )
         for record in records
-        for protocol in config.protocols
+        for protocol in protocols
     }
     main, *others = records
     return Results(
@@ -276,33 +260,12 @@ def _results(
         differences=[
             compare(ours, theirs)
             for other in others
-            for protocol in config.protocols
+            for protocol in protocols
             for ours, theirs in zip(
                 scored[main.name, protocol], scored[other.name, protocol], strict=True
             )
         ],
         bootstrap_draws=config.n_bootstrap,
         seed=config.seed,
-        protocols={name: PROTOCOLS[name].description for name in config.protocols},
+        protocols={name: DESCRIPTIONS[name] for name in protocols},
     )
-
-
-def _predictions(task: Task, outcomes: dict[str, dict[str, Outcome]]) -> pa.Table:
-    """One row a test tile, protocol and encoder, under `PREDICTIONS`."""
-    test = np.flatnonzero(task.splits == "test")
-    parts = [
-        pa.table(
-            {
-                "encoder": pa.array([encoder] * len(test)),
-                "protocol": pa.array([protocol] * len(test)),
-                "tile_id": pa.array([task.tile_ids[i] for i in test]),
-                "group": pa.array([task.groups[i] for i in test]),
-                "label": pa.array(task.labels[test], pa.int32()),
-                "prediction": pa.array(outcome.predictions, pa.int32()),
-            },
-            schema=PREDICTIONS,
-        )
-        for encoder, by_protocol in outcomes.items()
-        for protocol, outcome in by_protocol.items()
-    ]
-    return pa.concat_tables(parts)

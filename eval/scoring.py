@@ -1,4 +1,4 @@
-"""From a probe's votes to scores and paired differences, as the results record them."""
+"""From a probe's outcome to scores and paired differences, as the results record them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from eosin.eval.intervals import draw_groups, index_groups, interval, stratify, tail_of
+from eosin.eval.metrics import OF_VOTES, metrics_of
 from eosin.eval.probe import Outcome
 from eosin.eval.results import Difference, Score
-from eosin.eval.statistics import METRICS, draw_groups, grouped_confusion, interval, resample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """The test tiles of a task and the resamples that all of its scores share."""
+
+    labels: npt.NDArray[np.int64]
+    """[N]"""
+    groups: npt.NDArray[np.int64]
+    """[N], indices."""
+    n_groups: int
+    weights: npt.NDArray[np.float64]
+    """[B, G]"""
+    tail: float
+    """See `tail_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,51 +34,56 @@ class Scored:
     score: Score
     resamples: npt.NDArray[np.float64]
     """The metric in every draw, [B]; draw b holds the same groups in every score of a task."""
+    tail: float
 
 
-def score(
-    encoder: str,
-    protocol: str,
-    outcome: Outcome,
-    labels: npt.NDArray[np.int64],
-    groups: Sequence[str],
-    draws: int,
-    seed: int,
-) -> list[Scored]:
-    """Every metric of one outcome, in the order of `METRICS`.
+def draw(
+    labels: npt.NDArray[np.int64], groups: Sequence[str], n_classes: int, draws: int, seed: int
+) -> Draws:
+    """Resamples of the groups of N test tiles; the same for equal arguments."""
+    index, n_groups = index_groups(groups)
+    strata = stratify(labels, index, n_groups, n_classes)
+    return Draws(
+        labels=labels,
+        groups=index,
+        n_groups=n_groups,
+        weights=draw_groups(strata, draws, seed),
+        tail=tail_of(strata),
+    )
+
+
+def score(encoder: str, protocol: str, outcome: Outcome, draws: Draws) -> list[Scored]:
+    """Every metric of one outcome, in the order of `metrics_of`.
 
     Args:
         encoder: name of its row.
         protocol: name and version.
         outcome: of a probe, on N test tiles.
-        labels: of the test tiles, [N].
-        groups: of the test tiles.
-        draws: of the bootstrap.
-        seed: of the bootstrap.
+        draws: of the same tiles.
     """
-    names, group_of = np.unique(np.asarray(groups), return_inverse=True)
-    confusions = grouped_confusion(labels, outcome.votes, group_of, len(names))
-    weights = draw_groups(len(names), draws, seed)
+    spreads = _spread_of_runs(outcome, draws.labels)
     scored = []
-    for metric, function in METRICS.items():
-        resamples = resample(confusions, weights, function)
-        low, high = interval(resamples)
+    found = metrics_of(outcome, draws.labels, draws.groups, draws.n_groups)
+    for name, metric in found.items():
+        resamples = metric(draws.weights)
+        low, high = interval(resamples, draws.tail)
         record = Score(
             encoder=encoder,
             protocol=protocol,
-            metric=metric,
-            value=float(function(confusions.sum(axis=0))),
+            metric=name,
+            value=float(metric(np.ones((1, draws.n_groups)))[0]),
             low=low,
             high=high,
+            spread=spreads.get(name),
             chosen=outcome.chosen,
         )
-        scored.append(Scored(score=record, resamples=resamples))
+        scored.append(Scored(score=record, resamples=resamples, tail=draws.tail))
     return scored
 
 
 def compare(ours: Scored, theirs: Scored) -> Difference:
     """Ours minus theirs, of the same protocol and metric, on the same draws."""
-    low, high = interval(ours.resamples - theirs.resamples)
+    low, high = interval(ours.resamples - theirs.resamples, ours.tail)
     return Difference(
         encoder=ours.score.encoder,
         baseline=theirs.score.encoder,
@@ -72,3 +93,14 @@ def compare(ours: Scored, theirs: Scored) -> Difference:
         low=low,
         high=high,
     )
+
+
+def _spread_of_runs(outcome: Outcome, labels: npt.NDArray[np.int64]) -> dict[str, float]:
+    """The standard deviation of each metric over runs (seeds, episodes); {} with fewer than two."""
+    if outcome.runs is None or len(outcome.runs) < 2:
+        return {}
+    n_classes = outcome.votes.shape[1]
+    cells = labels * n_classes + outcome.runs  # [R, N]
+    counts = [np.bincount(run, minlength=n_classes**2) for run in cells]
+    confusions = np.stack(counts).reshape(-1, n_classes, n_classes).astype(np.float64)
+    return {name: float(function(confusions).std(ddof=1)) for name, function in OF_VOTES.items()}

@@ -10,9 +10,19 @@ METRICS = {
     "balanced_accuracy": "balanced accuracy",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "kappa": "κ",
+    "auroc": "AUROC",
+    "ece": "calibration error",
+    "brier": "Brier score",
+    "nll": "log-loss",
 }
 """Names of the metrics in words, in the order of the columns."""
-FAMILIES = {"knn": "kNN", "linear": "linear probe", "fewshot": "few-shot"}
+FAMILIES = {
+    "knn": "kNN",
+    "linear": "linear probe",
+    "fewshot": "few-shot",
+    "ratio": "few labels",
+}
 """What the part of a protocol's name before the slash is called in words."""
 
 

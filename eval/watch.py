@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 from eosin.configs.errors import ConfigError
 from eosin.eval import fewshot, knn
+from eosin.eval.metrics import balanced_accuracy, confusion_matrix
 from eosin.eval.probe import Labelled
 from eosin.eval.probe_tiles import ProbeTiles, order_tiles
-from eosin.eval.statistics import balanced_accuracy, confusion_matrix
 from eosin.eval.tasks import TaskConfig, load_task
 from eosin.eval.teacher_features import Embedded, TeacherFeatures
 from eosin.launch.artefacts import stamp_of

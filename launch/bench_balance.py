@@ -31,9 +31,9 @@ from eosin.data_curation.synthetic_layout import TRUTH_DOWNSAMPLE
 from eosin.data_curation.synthetic_task import SyntheticTaskConfig, write_task
 from eosin.data_curation.tiles import TileConfig, tile
 from eosin.eval import fewshot
+from eosin.eval.intervals import draw_groups, interval, tail_of
 from eosin.eval.results import load_results
 from eosin.eval.run import EvalConfig, evaluate
-from eosin.eval.statistics import draw_groups, interval
 from eosin.eval.tasks import TaskConfig
 from eosin.launch.artefacts import file_digest, is_done, mark_done, replacing, stamp_of, write_text
 from eosin.pretrain.config import PretrainConfig
@@ -224,7 +224,9 @@ def compare(predictions: pa.Table, rare: int, seed: int) -> list[Figure]:
     groups, group = np.unique(columns["group"], return_inverse=True)
     label, guess = np.array(columns["label"]), np.array(columns["prediction"])
     name = np.array([n.rpartition("_")[0] for n in columns["encoder"]])
-    draws = np.vstack([np.ones(len(groups)), draw_groups(len(groups), DRAWS, seed)])  # [1 + B, G]
+    strata = np.zeros(len(groups), np.int64)
+    draws = np.vstack([np.ones(len(groups)), draw_groups(strata, DRAWS, seed)])  # [1 + B, G]
+    tail = tail_of(strata)
     figures, values = [], {}
     for what in ("rare", "all"):
         for arm in ARMS:
@@ -237,13 +239,14 @@ def compare(predictions: pa.Table, rare: int, seed: int) -> list[Figure]:
                 )
                 recalls.append((draws @ right) / np.maximum(draws @ total, 1))
             values[arm] = np.mean(recalls, axis=0)  # [1 + B]
-            figures.append(_figure(f"{what} {arm}", values[arm]))
-        figures.append(_figure(f"{what} difference", values["balanced"] - values["uniform"]))
+            figures.append(_figure(f"{what} {arm}", values[arm], tail))
+        more = values["balanced"] - values["uniform"]
+        figures.append(_figure(f"{what} difference", more, tail))
     return figures
 
 
-def _figure(name: str, values: Floats) -> Figure:
-    low, high = interval(values[1:])
+def _figure(name: str, values: Floats, tail: float) -> Figure:
+    low, high = interval(values[1:], tail)
     return Figure(name=name, value=float(values[0]), low=low, high=high)
 
 

@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from eosin.eval import fewshot
+from eosin.eval.metrics import balanced_accuracy, confusion_matrix
 from eosin.eval.probe import Labelled
-from eosin.eval.statistics import balanced_accuracy, confusion_matrix
 
 
 def blobs(counts: tuple[int, ...], offset: float) -> tuple[Labelled, np.ndarray, np.ndarray]:
@@ -42,7 +42,8 @@ def naive_episode(labelled: Labelled, queries: np.ndarray, supports: np.ndarray)
 def test_votes_and_score_are_those_of_a_plain_loop_over_episodes(
     monkeypatch: pytest.MonkeyPatch, offset: float
 ) -> None:
-    monkeypatch.setattr(fewshot, "EPISODES", 70)  # more than two chunks
+    monkeypatch.setattr(fewshot, "EPISODES", 70)
+    monkeypatch.setattr(fewshot, "AT_ONCE", 30 * 40 * 3)  # in three parts
     labelled, queries, labels = blobs((20, 30, 9), offset)
     outcome = fewshot.probe(labelled, queries, 3, seed=5)
     assert outcome.chosen == {"shots": 8.0}
@@ -75,3 +76,17 @@ def test_supports_are_of_their_class_without_repeats_and_depend_on_seed_and_epis
 def test_shots_are_the_most_that_the_smallest_class_affords(smallest: int, shots: int) -> None:
     labelled, queries, _ = blobs((60, smallest), 0.0)
     assert fewshot.probe(labelled, queries, 2, seed=0).chosen == {"shots": float(shots)}
+
+
+def test_every_number_of_shots_has_its_protocol_and_thunder_takes_the_majority() -> None:
+    labelled, queries, _ = blobs((40, 9), 0.0)
+    found = fewshot.run(labelled, queries, 2, 0, list(fewshot.FAMILY.protocols))
+    afforded = {fewshot.protocol_of(s) for s in (1, 2, 4, 8)}
+    assert set(found) == {fewshot.PROTOCOL, fewshot.VOTE, *afforded}
+    eight = found[fewshot.protocol_of(8)]
+    np.testing.assert_array_equal(found[fewshot.PROTOCOL].votes, eight.votes)
+    assert eight.runs is not None and eight.runs.shape == (fewshot.EPISODES, 40)
+    np.testing.assert_allclose(eight.votes[:, 1], (eight.runs == 1).mean(axis=0))
+    vote = found[fewshot.VOTE]
+    assert set(vote.votes.ravel()) == {0.0, 1.0} and vote.runs is None
+    np.testing.assert_array_equal(vote.predictions, eight.predictions)

@@ -72,13 +72,14 @@ def test_the_encoder_its_twin_and_two_floors_are_scored_by_every_protocol(
         ("mean-colour", "floor"),
         ("colour-histogram", "floor"),
     ]
-    assert len(results.scores) == 4 * 3 * 3 and len(results.differences) == 3 * 3 * 3
+    assert {s.metric for s in results.scores} >= {"balanced_accuracy", "auroc", "ece"}
+    assert len(results.differences) == 3 * len(results.scores) // 4
     assert set(results.protocols) == {s.protocol for s in results.scores}
     predictions = pq.read_table(config.out / "predictions.parquet").to_pylist()
     assert len(predictions) == 4 * 3 * 18
     assert {row["group"] for row in predictions} == {"p3", "p7", "p11"}
     for encoder in results.encoders:
-        for protocol in ("linear/sklearn-l2@1", "knn/uni20@1"):
+        for protocol in ("linear/sklearn-l2@2", "knn/uni20@1"):
             rows = [
                 (row["label"], row["prediction"])
                 for row in predictions
@@ -229,5 +230,5 @@ def test_on_real_tiles_colour_tells_tumour_above_chance(
     evaluate(changed(config, task=TaskConfig(tiles=tmp_path / "subset.csv", name="IDC")))
     results = load_results(config.out / "results.json")
     assert results.task.name == "IDC"
-    histogram = results.score("colour-histogram", "linear/sklearn-l2@1")
+    histogram = results.score("colour-histogram", "linear/sklearn-l2@2")
     assert 0.55 < histogram.value < 1 and histogram.low < histogram.value < histogram.high
