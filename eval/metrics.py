@@ -60,6 +60,12 @@ def grouped_confusion(labels: Indices, votes: Array, groups: Indices, n_groups: 
     return sums.reshape(n_groups, n_classes, n_classes)
 
 
+def confusion_of_runs(runs: npt.NDArray[np.int16], labels: Indices, n_classes: int) -> Array:
+    """One confusion matrix a run, [R, C, C], from predictions [R, N]."""
+    counts = [np.bincount(run, minlength=n_classes**2) for run in labels * n_classes + runs]
+    return np.stack(counts).reshape(-1, n_classes, n_classes).astype(np.float64)
+
+
 def balanced_accuracy(confusion: Array) -> Array:
     """Mean recall of the classes that are present, over leading axes [..., C, C] → [...]."""
     support = confusion.sum(axis=-1)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eosin.eval.intervals import draw_groups, index_groups, interval, stratify, tail_of
-from eosin.eval.metrics import OF_VOTES, metrics_of
+from eosin.eval.metrics import OF_VOTES, confusion_of_runs, metrics_of
 from eosin.eval.probe import Outcome
 from eosin.eval.results import Difference, Score
 
@@ -100,7 +100,5 @@ def _spread_of_runs(outcome: Outcome, labels: npt.NDArray[np.int64]) -> dict[str
     if outcome.runs is None or len(outcome.runs) < 2:
         return {}
     n_classes = outcome.votes.shape[1]
-    cells = labels * n_classes + outcome.runs  # [R, N]
-    counts = [np.bincount(run, minlength=n_classes**2) for run in cells]
-    confusions = np.stack(counts).reshape(-1, n_classes, n_classes).astype(np.float64)
+    confusions = confusion_of_runs(outcome.runs, labels, n_classes)
     return {name: float(function(confusions).std(ddof=1)) for name, function in OF_VOTES.items()}

@@ -270,6 +270,14 @@ VERBS: dict[str, Verb] = {
         "eosin bench tile slide=/data/slides/one.svs --json tile.json",
         options=("json",),
     ),
+    "bench probes": Verb(
+        "eosin.launch.bench_probes",
+        "BenchProbesConfig",
+        "bench_probes",
+        "linear sweep, few-shot, kNN and bootstrap against the loops that are usually run",
+        "eosin bench probes --json probes.json",
+        options=("json",),
+    ),
     "bench masks": Verb(
         "eosin.launch.bench_masks",
         "BenchMasksConfig",
