@@ -5,6 +5,7 @@ is instant.
 """
 
 import importlib
+import json
 import os
 import sys
 import traceback
@@ -106,6 +107,7 @@ def parse_arguments(arguments: list[str], verb: Verb) -> tuple[list[str], list[s
     files: list[str] = []
     overrides: list[str] = []
     flags: set[str] = set()
+    bare: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         if argument == "--config":
@@ -129,8 +131,12 @@ def parse_arguments(arguments: list[str], verb: Verb) -> tuple[list[str], list[s
             raise ConfigError(f"no flag '{argument}'; flags are:\n{FLAGS}")
         elif "=" not in argument and verb.positional:
             overrides.append(f"{verb.positional}={argument}")
+        elif "=" not in argument and verb.collects:
+            bare.append(argument)
         else:
             overrides.append(argument)
+    if bare:
+        overrides.append(f"{verb.collects}={json.dumps(bare)}")
     return files, overrides, flags
 
 

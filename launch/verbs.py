@@ -21,6 +21,8 @@ class Verb:
     example: str
     positional: str = ""
     """Config key that a bare argument fills."""
+    collects: str = ""
+    """Config key, a list, that bare arguments fill."""
     plan: str = ""
     """Name of the function in `module` that answers ``--dry-run`` with a text."""
     options: tuple[str, ...] = ()
@@ -172,6 +174,14 @@ VERBS: dict[str, Verb] = {
         "encoder on labelled tiles to results.json and report.html, floors beside it",
         "eosin eval encoder=runs/first/encoder task.tiles=/data/labels.csv out=runs/first/eval",
         plan="plan",
+    ),
+    "eval compare": Verb(
+        "eosin.eval.compare",
+        "CompareConfig",
+        "compare_encoders",
+        "encoders against each other on shared tasks: paired intervals, permutation tests, Holm",
+        "eosin eval compare runs/first/eval runs/second/eval out=runs/compared",
+        collects="results",
     ),
     "watch": Verb(
         "eosin.eval.watch_exports",
