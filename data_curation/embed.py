@@ -1,9 +1,11 @@
-"""Embedding tile images: files in, a feature store out."""
+"""Embedding tile images: tiles in, a feature store out."""
 
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.codec import MAX_PIXELS, ImageError, decode_image, image_suffix
-from eosin.data_curation.encoder import Encoder
+from eosin.data_curation.encoder_interface import Encoder
 from eosin.data_curation.features import (
     FeatureStore,
     features_stamp,
@@ -22,6 +24,7 @@ from eosin.data_curation.features import (
     rows_done,
     write_features,
 )
+from eosin.launch.artefacts import file_digest
 from eosin.launch.progress import Meter
 
 CHUNK_BATCHES = 8
@@ -36,13 +39,25 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
     Raises:
         InputError: it is not such an image, or it is damaged or deeper than 8 bits.
     """
-    data = path.read_bytes()
+    return decode_bytes(path.read_bytes(), str(path))
+
+
+def decode_bytes(data: bytes, where: str) -> npt.NDArray[np.uint8]:
+    """The image in `data` as RGB uint8 [H, W, 3]; see `read_image`.
+
+    Args:
+        data: of a whole image file.
+        where: it is from, for the message.
+
+    Raises:
+        InputError: see `read_image`.
+    """
     try:
         if data.startswith(_TIFF_OR_BMP_STARTS):
             return _decode_tiff_or_bmp(data)
         return decode_image(data, image_suffix(data))
     except ImageError as error:
-        raise InputError(f"{path} cannot be used as a tile: {error}") from error
+        raise InputError(f"{where} cannot be used as a tile: {error}") from error
 
 
 def _decode_tiff_or_bmp(data: bytes) -> npt.NDArray[np.uint8]:
@@ -57,14 +72,43 @@ def _decode_tiff_or_bmp(data: bytes) -> npt.NDArray[np.uint8]:
         raise ImageError(f"damaged image: {error}") from error
 
 
+class TileImage(Protocol):
+    """Where one tile's pixels are to be had."""
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        """RGB uint8 [H, W, 3]; safe to call from many threads.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+
+    def checksum(self) -> str:
+        """XXH3-128 of what is read: equal checksums mean equal tiles."""
+
+
+@dataclass(frozen=True)
+class FileTile:
+    """A tile in a file of its own."""
+
+    path: Path
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        """See `read_image`."""
+        return read_image(self.path)
+
+    def checksum(self) -> str:
+        """Of the file's bytes."""
+        return file_digest(self.path)
+
+
 def embed_in_memory(
-    encoder: Encoder, paths: Sequence[Path], *, batch_size: int, threads: int = 4
+    encoder: Encoder, images: Sequence[TileImage], *, batch_size: int, threads: int = 4
 ) -> npt.NDArray[np.float32]:
-    """Features [N, D] of image files, kept nowhere.
+    """Features [N, D] of tile images, kept nowhere.
 
     Args:
         encoder: from `load_encoder`.
-        paths: image files, N.
+        images: N tiles.
         batch_size: tiles a forward pass.
         threads: that decode and resize.
 
@@ -73,16 +117,16 @@ def embed_in_memory(
     """
     features = []
     with ThreadPoolExecutor(threads) as pool:
-        for first in range(0, len(paths), batch_size):
-            batch = paths[first : first + batch_size]
-            prepared = list(pool.map(lambda path: encoder.prepare(read_image(path)), batch))
+        for first in range(0, len(images), batch_size):
+            batch = images[first : first + batch_size]
+            prepared = list(pool.map(lambda image: encoder.prepare(image.read()), batch))
             features.append(encoder.forward(prepared))
     return np.concatenate(features)
 
 
 def embed_images(
     encoder: Encoder,
-    paths: Sequence[Path],
+    images: Sequence[TileImage],
     rows: pa.Table,
     data_digest: str,
     folder: Path,
@@ -90,14 +134,14 @@ def embed_images(
     batch_size: int,
     threads: int = 4,
 ) -> FeatureStore:
-    """Features of image files, kept in `folder` and taken from there when they are up to date.
+    """Features of tile images, kept in `folder` and taken from there when they are up to date.
 
     The key is the encoder's digest and `data_digest`. Batch size and device move features in the
     last bits of float16 and are not part of it.
 
     Args:
         encoder: from `load_encoder`.
-        paths: image files, N.
+        images: N tiles.
         rows: what they are, under `FEATURE_ROWS`, N rows.
         data_digest: of the files' bytes and their order.
         folder: of the feature store.
@@ -119,14 +163,14 @@ def embed_images(
     done = rows_done(folder, stamp)
     with (
         ThreadPoolExecutor(threads) as pool,
-        Meter(f"embed {encoder.name}", len(paths), "tiles", done=done) as meter,
+        Meter(f"embed {encoder.name}", len(images), "tiles", done=done) as meter,
     ):
 
-        def prepare(path: Path) -> Tensor:
-            return encoder.prepare(read_image(path))
+        def prepare(image: TileImage) -> Tensor:
+            return encoder.prepare(image.read())
 
         def compute(start: int, stop: int) -> npt.NDArray[np.float32]:
-            prepared = pool.map(prepare, paths[start:stop])
+            prepared = pool.map(prepare, images[start:stop])
             features = []
             for first in range(start, stop, batch_size):
                 batch = [next(prepared) for _ in range(min(batch_size, stop - first))]

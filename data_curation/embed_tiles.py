@@ -24,7 +24,7 @@ from torch import Tensor
 
 from eosin.configs.errors import InputError, TooManyFailedError
 from eosin.data_curation.embed_config import EmbedConfig
-from eosin.data_curation.encoder import Encoder
+from eosin.data_curation.encoder_interface import Encoder
 from eosin.data_curation.features import as_half, features_stamp, has_features, join_features
 from eosin.data_curation.manifest import FEATURES_FAILED, read_table, write_table
 from eosin.data_curation.normalised_encoder import NormalisedEncoder, load_normalised

@@ -6,7 +6,6 @@ Shapes: B tiles, N tokens, D features.
 """
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.descriptors import HISTOGRAM_BINS, colour_histogram, mean_colour
+from eosin.data_curation.encoder_interface import Encoder, Tiles, digest_of_weights
 from eosin.data_curation.published_encoders import Published, load_published
+from eosin.data_curation.python_encoder import load_python
 from eosin.data_curation.stain_texture import DIM as STAIN_TEXTURE_DIM
 from eosin.data_curation.stain_texture import stain_texture
 from eosin.data_curation.tile_print import DIM as PRINT_DIM
@@ -37,52 +37,11 @@ feeds its classifier (the only choice where there are no tokens)."""
 _LAYER_SCALES = ("gamma", "gamma_1", "gamma_2")
 """What timm's networks call the parameters of LayerScale."""
 
-Tiles = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
-"""RGB tiles [H, W, 3], of any and of different sizes, or one array [B, H, W, 3]."""
-
-
-class Encoder(ABC):
-    """What turns tiles into features. Made by `load_encoder`."""
-
-    name: str
-    """Short name for tables and files."""
-    dim: int
-    """Features of one tile."""
-    pooling: str
-    """One of `POOLINGS`, or ``none``."""
-    digest: str
-    """XXH3-128 of weights, preprocessing and pooling: equal digests mean equal features."""
-    transform_digest: str
-    """XXH3-128 of the preprocessing alone."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    """Normalisation of RGB in [0, 1]."""
-    input_px: int | None
-    """Side of the square that the network sees; None where tiles are taken as they are."""
-
-    @abstractmethod
-    def prepare(self, tile: npt.NDArray[np.uint8]) -> Tensor:
-        """One RGB tile [H, W, 3] made ready for `forward`; safe to call from many threads."""
-
-    @abstractmethod
-    def forward(self, prepared: Sequence[Tensor]) -> npt.NDArray[np.float32]:
-        """Features [B, D] of prepared tiles."""
-
-    @abstractmethod
-    def random_twin(self, seed: int) -> "Encoder":
-        """The same network and preprocessing at random weights.
-
-        Raises:
-            InputError: there are no weights.
-        """
-
-    def embed(self, tiles: Tiles) -> npt.NDArray[np.float32]:
-        """Features [B, D] of RGB uint8 tiles."""
-        return self.forward([self.prepare(tile) for tile in tiles])
-
 
 class DescriptorEncoder(Encoder):
     """A colour descriptor behind the interface of an encoder."""
+
+    has_twin = False
 
     def __init__(
         self,
@@ -148,7 +107,7 @@ class NetworkEncoder(Encoder):
             width_out = getattr(model, "head_hidden_size", None) or width_out
         self.dim = width_out * (2 if self.pooling == "clsmean" else 1)
         self.transform_digest = stamp_of(transform=config)
-        weights = _digest_of_weights(model)
+        weights = digest_of_weights(model)
         architecture = str(model.pretrained_cfg.get("architecture"))
         self.digest = stamp_of(
             weights=weights,
@@ -241,7 +200,8 @@ def load_encoder(
         spec: a folder with ``config.json`` and ``model.safetensors`` as timm writes them, or a run
             folder with such an ``encoder/`` in it; ``timm:NAME`` with pretrained weights (NAME may
             be ``hf-hub:ORG/MODEL``); ``published:NAME`` or ``published:NAME:FOLDER``, see
-            `published_encoders`; ``builtin:stain-texture``, ``builtin:mean-colour``,
+            `published_encoders`; ``python:MODULE:FUNCTION``, see `python_encoder`;
+            ``builtin:stain-texture``, ``builtin:mean-colour``,
             ``builtin:colour-histogram`` or ``builtin:tile-print``. A suffix ``@cls``, ``@mean``,
             ``@clsmean`` or ``@native`` chooses the pooling.
         device: where the network runs.
@@ -260,6 +220,10 @@ def load_encoder(
     kind, _, name = spec.partition(":")
     if kind == "builtin":
         return _builtin(name)
+    if kind == "python":
+        if pooling is not None:
+            raise InputError(f"{spec} pools by itself; leave @{pooling} out")
+        return load_python(name, device)
     if kind == "published":
         name, _, where = name.partition(":")
         model, known = load_published(name, Path(where) if where else None)
@@ -316,7 +280,7 @@ def _find_folder(path: Path) -> Path:
     if path.is_dir():
         raise InputError(f"{path} holds no encoder: no config.json with a model.safetensors")
     raise InputError(
-        f"no encoder '{path}': neither a folder, nor timm:, published: or builtin:NAME"
+        f"no encoder '{path}': neither a folder, nor timm:, published:, python: or builtin:NAME"
     )
 
 
@@ -363,14 +327,6 @@ def _check_input_px(model: Any, input_px: int, name: str) -> None:
     patch_px = getattr(embedding, "patch_size", None)
     if patch_px is not None and input_px % patch_px[0]:
         raise InputError(f"encoder {name}: {input_px} px is not a multiple of {patch_px[0]}")
-
-
-def _digest_of_weights(model: torch.nn.Module) -> str:
-    state = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return state.hexdigest()
 
 
 def _checked(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.embed_config import NormaliseConfig
-from eosin.data_curation.encoder import Encoder, NetworkEncoder, load_encoder
+from eosin.data_curation.encoder import NetworkEncoder, load_encoder
+from eosin.data_curation.encoder_interface import Encoder
 from eosin.data_curation.stain_library import StainCondition
 from eosin.data_curation.stain_normaliser import StainNormaliser, load_normaliser
 from eosin.launch.artefacts import stamp_of

@@ -123,6 +123,18 @@ def read_condition(library: Path, name: str) -> StainCondition:
     Raises:
         InputError: there is no library, it is damaged, or it has no such condition.
     """
+    found = read_library(library)
+    if name not in found:
+        raise InputError(f"{library} has no condition '{name}'; there are: {', '.join(found)}")
+    return found[name]
+
+
+def read_library(library: Path) -> dict[str, StainCondition]:
+    """The conditions of a library by name, the most frequent first.
+
+    Raises:
+        InputError: there is no library, or it is damaged.
+    """
     if not library.is_file():
         raise InputError(f"{library} does not exist; 'eosin stain library' writes one")
     try:
@@ -133,9 +145,7 @@ def read_condition(library: Path, name: str) -> StainCondition:
         raise InputError(f"{library} is no library of stains: {error!r}") from error
     if content.get("format") != FORMAT:
         raise InputError(f"{library} has format {content.get('format')}; this eosin reads {FORMAT}")
-    if name not in found:
-        raise InputError(f"{library} has no condition '{name}'; there are: {', '.join(found)}")
-    return found[name]
+    return found
 
 
 _LENGTHS = {

@@ -43,3 +43,33 @@ def differences_table(results: Results) -> Table:
 
 def _protocols(results: Results) -> list[str]:
     return list(dict.fromkeys(score.protocol for score in results.scores))
+
+
+def insight_lines(results: Results) -> list[str]:
+    """What is said of encoders beside their scores, a line each; a collapse is a warning."""
+    lines = []
+    for encoder in results.encoders:
+        insight = results.insights.get(encoder.name)
+        if insight is None or encoder.kind == "floor":
+            continue
+        free = insight.label_free
+        parts = [f"RankMe {free.rankme:.1f} of {encoder.dim}, mean cosine {free.mean_cosine:.2f}"]
+        if insight.leakage is not None:
+            parts.append(f"tiles of one group {insight.leakage.enrichment:.1f}× as near as chance")
+        if insight.confounding is not None:
+            c = insight.confounding
+            parts.append(
+                f"robustness index {c.ri:.3f} [{c.low:.3f}, {c.high:.3f}] on {c.support:.0%} of "
+                f"tiles (k = {c.k})"
+            )
+        lines.append(f"{encoder.label}: {'; '.join(parts)}")
+        if free.collapsed and encoder.kind == "encoder":
+            lines.append(f"warning: {encoder.label} has collapsed: it tells hardly any tiles apart")
+    for found in results.ranges:
+        label = next(e.label for e in results.encoders if e.name == found.encoder)
+        if found.metric == MAIN_METRIC:
+            lines.append(
+                f"{label}, {found.protocol}: range over {found.conditions} conditions "
+                f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+            )
+    return lines

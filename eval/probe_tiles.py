@@ -7,11 +7,11 @@ tiles takes the first ones, the same at each of its probes.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from eosin.data_curation.embed import TileImage
 from eosin.eval.tasks import Task
 from eosin.launch.artefacts import stamp_of
 
@@ -23,7 +23,7 @@ LEAST_TILES = 200
 class ProbeTiles:
     """N tiles in the order in which they are taken."""
 
-    paths: list[Path]
+    images: list[TileImage]
     labels: npt.NDArray[np.int64]
     """[N], indices of classes."""
     is_val: npt.NDArray[np.bool_]
@@ -35,7 +35,7 @@ class ProbeTiles:
     """XXH3-128 of tiles, labels, splits and order: scores on equal sets can be compared."""
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def first(self, most: int) -> int:
         """The most tiles that are whole groups and not more than `most`; 0 where that is too few.
@@ -80,7 +80,7 @@ def order_tiles(task: Task, seed: int, most: int = 0) -> ProbeTiles:
         ends = ends[: max(int(np.searchsorted(ends, most, "right")), 1)]
         order = order[: ends[-1]]
     return ProbeTiles(
-        paths=[task.paths[row] for row in order],
+        images=[task.images[row] for row in order],
         labels=task.labels[order],
         is_val=is_val[order],
         ends=ends,

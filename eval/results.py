@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from eosin.configs.errors import InputError
+from eosin.eval.confounding import Confounding
+from eosin.eval.label_free import LabelFree
+from eosin.eval.leakage import Leakage
 from eosin.eval.metrics import LOWER_IS_BETTER
 from eosin.launch.artefacts import SCHEMA_VERSION, read_json, write_json
 
@@ -25,6 +28,8 @@ class TaskRecord:
     """Groups (patients, slides) per split; no group is in two."""
     digest: str
     """XXH3-128 of the table of labels and the bytes of the tiles."""
+    dataset: str = ""
+    """Of `datasets`, where it is a public one in its owner's layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,51 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConditionScore:
+    """A score of test tiles that look otherwise; the probe was fitted on plain ones."""
+
+    encoder: str
+    protocol: str
+    condition: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    change: float
+    """From plain tiles, paired; negative is worse."""
+    change_low: float
+    change_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionRange:
+    """The best less the worst score over plain tiles and all conditions, on shared resamples."""
+
+    encoder: str
+    protocol: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    conditions: int
+    """How many, plain included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Insight:
+    """What is said of one encoder beside its scores."""
+
+    label_free: LabelFree
+    """Of all tiles of the task."""
+    leakage: Leakage | None = None
+    """Of groups; None where no group has two tiles."""
+    confounding: Confounding | None = None
+    """None where the task names no confounder."""
+    cosines: dict[str, float] = field(default_factory=dict)
+    """Condition → mean cosine of a test tile's features before and after."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """Everything in ``results.json``."""
 
@@ -92,6 +142,10 @@ class Results:
     seed: int
     protocols: dict[str, str] = field(default_factory=dict)
     """Name of each protocol → one line that says exactly what it does."""
+    insights: dict[str, Insight] = field(default_factory=dict)
+    """By encoder."""
+    conditions: list[ConditionScore] = field(default_factory=list)
+    ranges: list[ConditionRange] = field(default_factory=list)
 
     def score(self, encoder: str, protocol: str, metric: str = "balanced_accuracy") -> Score:
         """The score of that encoder, protocol and metric; KeyError when there is none."""
@@ -127,6 +181,18 @@ def load_results(path: Path) -> Results:
             bootstrap_draws=value["bootstrap_draws"],
             seed=value["seed"],
             protocols=value["protocols"],
+            insights={k: _insight(v) for k, v in value.get("insights", {}).items()},
+            conditions=[ConditionScore(**record) for record in value.get("conditions", [])],
+            ranges=[ConditionRange(**record) for record in value.get("ranges", [])],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a results file of eosin: {error}") from error
+
+
+def _insight(value: dict[str, Any]) -> Insight:
+    return Insight(
+        label_free=LabelFree(**value["label_free"]),
+        leakage=None if value["leakage"] is None else Leakage(**value["leakage"]),
+        confounding=None if value["confounding"] is None else Confounding(**value["confounding"]),
+        cosines=value["cosines"],
+    )

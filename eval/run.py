@@ -2,78 +2,51 @@
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from rich.console import Console
 
-from eosin.configs.errors import InputError
-from eosin.data_curation.embed import embed_images
-from eosin.data_curation.embed_config import NormaliseConfig
-from eosin.data_curation.encoder import DescriptorEncoder, Encoder, load_encoder
-from eosin.data_curation.features import features_stamp, has_features
-from eosin.data_curation.manifest import FEATURE_ROWS, PREDICTIONS, make_id, write_table
-from eosin.data_curation.normalised_encoder import load_normalised
-from eosin.eval.console import differences_table, scores_table
+from eosin.data_curation.manifest import PREDICTIONS, write_table
+from eosin.eval.config import EvalConfig
+from eosin.eval.confounding import confounding
+from eosin.eval.console import differences_table, insight_lines, scores_table
+from eosin.eval.discrimination import is_discriminative
 from eosin.eval.intervals import FEW_GROUPS
+from eosin.eval.label_free import label_free
+from eosin.eval.leakage import leakage
 from eosin.eval.predictions import predictions_table
 from eosin.eval.probe import Labelled, Outcome
 from eosin.eval.protocols import DESCRIPTIONS, choose, run_protocols
 from eosin.eval.report import write_report
-from eosin.eval.results import EncoderRecord, Results, save_results
-from eosin.eval.scoring import compare, draw, score
-from eosin.eval.tasks import Task, TaskConfig, load_task
+from eosin.eval.results import (
+    ConditionRange,
+    ConditionScore,
+    EncoderRecord,
+    Insight,
+    Results,
+    save_results,
+)
+from eosin.eval.scoring import Draws, compare, draw, score
+from eosin.eval.sensitivity import PLAIN, mean_cosine, score_conditions, split_outcome
+from eosin.eval.table_rows import TableRow, load_rows
+from eosin.eval.task_features import embed_task, embed_under_conditions, is_cached
+from eosin.eval.tasks import Task, load_task
 from eosin.launch.artefacts import write_json
-from eosin.launch.device_names import DeviceName
 from eosin.launch.process import choose_device
 from eosin.launch.progress import Meter, format_seconds
 
-FLOORS = ("builtin:mean-colour", "builtin:colour-histogram")
-"""What every table holds beside the encoder and its random-weights twin."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Scores an encoder, the same network at random weights and two colour floors."""
+class Found:
+    """What was found of one encoder."""
 
-    encoder: str
-    """A run folder, an encoder folder, timm:NAME, published:NAME[:FOLDER]; with @cls, @mean or
-    @clsmean for the pooling."""
-    task: TaskConfig
-    out: Path
-    """Folder for results.json, predictions.parquet, report.html and the cached features."""
-    extra_encoders: list[str] = field(default_factory=list)
-    """More encoders for the same table, named like `encoder`."""
-    normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
-    """With a library, the encoder stands in the table a second time, with tiles moved to one
-    staining before it sees them."""
-    protocols: list[str] = field(default_factory=lambda: ["usual"])
-    """Names, patterns such as 'knn/*' or '*' for all, and 'usual' for the three of every table."""
-    seed: int = 0
-    """Of carved splits, random weights, few-shot episodes and the bootstrap."""
-    device: DeviceName = "auto"
-    batch_size: int = 64
-    """Tiles a forward pass."""
-    n_bootstrap: int = 1000
-    """Resamples of the test groups."""
-
-    def __post_init__(self) -> None:
-        choose(self.protocols)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
-        if self.n_bootstrap < 100:
-            raise ValueError(f"n_bootstrap={self.n_bootstrap}: a 95 % interval needs at least 100")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """One row of the table."""
-
-    encoder: Encoder
-    record: EncoderRecord
+    outcomes: dict[str, Outcome]
+    """By protocol."""
+    conditions: list[ConditionScore]
+    ranges: list[ConditionRange]
+    insight: Insight
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By part."""
 
 
 def evaluate(config: EvalConfig, *, with_report: bool = True) -> None:
@@ -90,18 +63,31 @@ def evaluate(config: EvalConfig, *, with_report: bool = True) -> None:
     task = load_task(config.task, config.seed)
     for note in _notes(task):
         notices.print(f"note: {note}", highlight=False, markup=False)
-    rows = _load_rows(config)
-    timings: dict[str, dict[str, float]] = {}
-    outcomes: dict[str, dict[str, Outcome]] = {}
-    for row in rows:
-        name = row.record.name
-        outcomes[name], timings[name] = _run_probes(config, task, row)
-    results = _results(config, task, [row.record for row in rows], outcomes)
-    predictions = predictions_table(task, outcomes)
+    rows = load_rows(config)
+    draws = draw(
+        task.labels[task.splits == "test"],
+        task.groups_of("test"),
+        len(task.classes),
+        config.n_bootstrap,
+        config.seed,
+    )
+    found = {row.record.name: _examine(config, task, row, draws) for row in rows}
+    results = _results(config, task, [row.record for row in rows], found, draws)
+    predictions = predictions_table(task, {name: f.outcomes for name, f in found.items()})
     write_table(predictions, config.out / "predictions.parquet", PREDICTIONS)
-    write_json(config.out / "timings.json", timings)
+    write_json(config.out / "timings.json", {name: f.seconds for name, f in found.items()})
     save_results(results, config.out / "results.json")
     console.print(scores_table(results), differences_table(results), sep="\n")
+    for line in insight_lines(results):
+        console.print(line, highlight=False, markup=False)
+    for protocol, told in is_discriminative([results]).items():
+        if not told:
+            notices.print(
+                f"note: under {protocol} a floor lies within the best encoder's interval: this "
+                "task does not tell encoders from floors",
+                highlight=False,
+                markup=False,
+            )
     if not with_report:
         return
     write_report(config.out / "report.html", results, predictions)
@@ -113,23 +99,23 @@ def plan(config: EvalConfig) -> str:
     task = load_task(config.task, config.seed)
     record = task.record()
     lines = [
-        f"task {task.name}: {len(task.paths)} tiles, classes {', '.join(task.classes)}",
+        f"task {task.name}: {len(task.images)} tiles, classes {', '.join(task.classes)}",
         *(f"  {s}: {record.tiles[s]} tiles of {record.groups[s]} groups" for s in record.tiles),
         *(f"  note: {note}" for note in _notes(task)),
     ]
-    for row in _load_rows(config):
+    for row in load_rows(config):
         name, encoder = row.record.label, row.encoder
-        if has_features(_cache(config, row), features_stamp(encoder.digest, task.data_digest)):
+        if is_cached(config, task, row):
             lines.append(f"{name}: features are cached")
             continue
         px = encoder.input_px or 224
-        batch = np.zeros((min(config.batch_size, len(task.paths)), px, px, 3), np.uint8)
+        batch = np.zeros((min(config.batch_size, len(task.images)), px, px, 3), np.uint8)
         started = time.perf_counter()
         encoder.embed(batch)
-        seconds = (time.perf_counter() - started) * len(task.paths) / len(batch)
-        megabytes = len(task.paths) * encoder.dim * 2 / 1e6
+        seconds = (time.perf_counter() - started) * len(task.images) / len(batch)
+        megabytes = len(task.images) * encoder.dim * 2 / 1e6
         lines.append(
-            f"{name}: {len(task.paths)} tiles to embed, about {format_seconds(seconds)} and the "
+            f"{name}: {len(task.images)} tiles to embed, about {format_seconds(seconds)} and the "
             f"decoding, {megabytes:.1f} MB"
         )
     return "\n".join([*lines, f"then {', '.join(choose(config.protocols))} for each"])
@@ -140,94 +126,56 @@ def _notes(task: Task) -> list[str]:
     n_groups = task.record().groups["test"]
     if n_groups < FEW_GROUPS:
         notes.append(
-            f"test has {n_groups} groups, fewer than {FEW_GROUPS}: take the intervals as too narrow"
+            f"test has {n_groups} groups, fewer than {FEW_GROUPS}: take the intervals with caution"
         )
     return notes
 
 
-def _load_rows(config: EvalConfig) -> list[_Row]:
-    """The encoder, its twin, the floors and the extra encoders, under names that are unique."""
-    device = choose_device(config.device)
-    main = load_encoder(config.encoder, device)
-    if isinstance(main, DescriptorEncoder):
-        raise InputError(f"{config.encoder} is a floor of every table; name a network to score")
-    twin = main.random_twin(config.seed)
-    rows = [
-        _row(main, "encoder", f"{main.name} ({main.pooling})"),
-        _row(twin, "random", f"{main.name}, random weights"),
-    ]
-    if config.normalise.library is not None:
-        moved = load_normalised(config.encoder, device, config.normalise)
-        label = f"{main.name} ({main.pooling}), {config.normalise.method} to "
-        rows.append(_row(moved, "encoder", label + config.normalise.condition))
-    for spec in FLOORS:
-        floor = load_encoder(spec, device)
-        rows.append(_row(floor, "floor", floor.name.replace("-", " ")))
-    for spec in config.extra_encoders:
-        extra = load_encoder(spec, device)
-        rows.append(_row(extra, "encoder", f"{extra.name} ({extra.pooling})"))
-    names = [row.record.name for row in rows]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"two encoders are called '{twice[0]}'; rename the folder of one")
-    return rows
-
-
-def _row(encoder: Encoder, kind: str, label: str) -> _Row:
-    name = make_id(encoder.name if kind == "floor" else f"{encoder.name}-{encoder.pooling}")
-    record = EncoderRecord(
-        name=name,
-        label=label,
-        kind=kind,
-        pooling=encoder.pooling,
-        dim=encoder.dim,
-        digest=encoder.digest,
-    )
-    return _Row(encoder=encoder, record=record)
-
-
-def _cache(config: EvalConfig, row: _Row) -> Path:
-    return config.out / "features" / row.record.name
-
-
-def _run_probes(
-    config: EvalConfig, task: Task, row: _Row
-) -> tuple[dict[str, Outcome], dict[str, float]]:
-    """Every protocol's outcome for one encoder, and seconds by part."""
-    seconds = {}
-    started = time.perf_counter()
-    store = embed_images(
-        row.encoder,
-        task.paths,
-        _feature_rows(task),
-        task.data_digest,
-        _cache(config, row),
-        batch_size=config.batch_size,
-    )
-    seconds["embed"] = time.perf_counter() - started
-    features, test = store.features.astype(np.float32), task.splits == "test"
+def _examine(config: EvalConfig, task: Task, row: TableRow, draws: Draws) -> Found:
+    """Embeds, probes, plain and under conditions, and looks at the features themselves."""
+    name, device, seconds = row.record.name, choose_device(config.device), {}
+    began = time.perf_counter()
+    features, test = embed_task(config, task, row), task.splits == "test"
+    changed = embed_under_conditions(config, task, row)
+    seconds["embed"] = time.perf_counter() - began
     labelled = Labelled(
         features=features[~test],
         labels=task.labels[~test],
         is_val=task.splits[~test] == "val",
-        device=choose_device(config.device),
+        device=device,
     )
-    outcomes = {}
-    names = choose(config.protocols)
-    ran = run_protocols(names, labelled, features[test], len(task.classes), config.seed)
-    with Meter(f"probe {row.record.name}", len(names), "protocols") as meter:
+    names, n = choose(config.protocols), int(test.sum())
+    asked = np.concatenate([features[test], *changed.values()])  # a probe is fitted once for all
+    outcomes, conditions, ranges = {}, list[ConditionScore](), list[ConditionRange]()
+    with Meter(f"probe {name}", len(names), "protocols") as meter:
+        ran = run_protocols(names, labelled, asked, len(task.classes), config.seed)
         for protocol, outcome, took in ran:
-            outcomes[protocol], seconds[protocol] = outcome, took
+            parts = dict(zip((PLAIN, *changed), split_outcome(outcome, n), strict=True))
+            outcomes[protocol], seconds[protocol] = parts[PLAIN], took
+            if changed:
+                scores, spans = score_conditions(name, protocol, parts, draws)
+                conditions, ranges = conditions + scores, ranges + spans
             meter.advance(1)
-    return outcomes, seconds
-
-
-def _feature_rows(task: Task) -> pa.Table:
-    n = len(task.tile_ids)
-    known = {"tile_id": task.tile_ids, "group": task.groups}
-    return pa.table(
-        {f.name: pa.array(known.get(f.name, [None] * n), f.type) for f in FEATURE_ROWS},
-        schema=FEATURE_ROWS,
+    began = time.perf_counter()
+    insight = Insight(
+        label_free=label_free(features),
+        leakage=leakage(features, task.groups, config.seed, device),
+        confounding=None
+        if task.origins is None
+        else confounding(
+            features,
+            task.labels,
+            task.origins,
+            task.groups,
+            draws=config.n_bootstrap,
+            seed=config.seed,
+            device=device,
+        ),
+        cosines={c: mean_cosine(features[test], x) for c, x in changed.items()},
+    )
+    seconds["insight"] = time.perf_counter() - began
+    return Found(
+        outcomes=outcomes, conditions=conditions, ranges=ranges, insight=insight, seconds=seconds
     )
 
 
@@ -235,19 +183,13 @@ def _results(
     config: EvalConfig,
     task: Task,
     records: list[EncoderRecord],
-    outcomes: dict[str, dict[str, Outcome]],
+    found: dict[str, Found],
+    draws: Draws,
 ) -> Results:
-    draws = draw(
-        task.labels[task.splits == "test"],
-        task.groups_of("test"),
-        len(task.classes),
-        config.n_bootstrap,
-        config.seed,
-    )
-    protocols = list(outcomes[records[0].name])
+    protocols = list(found[records[0].name].outcomes)
     scored = {
         (record.name, protocol): score(
-            record.name, protocol, outcomes[record.name][protocol], draws
+            record.name, protocol, found[record.name].outcomes[protocol], draws
         )
         for record in records
         for protocol in protocols
@@ -268,4 +210,7 @@ def _results(
         bootstrap_draws=config.n_bootstrap,
         seed=config.seed,
         protocols={name: DESCRIPTIONS[name] for name in protocols},
+        insights={name: f.insight for name, f in found.items()},
+        conditions=[c for f in found.values() for c in f.conditions],
+        ranges=[r for f in found.values() for r in f.ranges],
     )

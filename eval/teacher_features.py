@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from eosin.data_curation.embed import read_image
+from eosin.data_curation.embed import TileImage
 from eosin.data_curation.torchvision_import import import_timm
 from eosin.launch.process import World
 from eosin.pretrain.export import EncoderCard, timm_config
@@ -67,15 +66,15 @@ class TeacherFeatures:
         self,
         teacher: Vit,
         card: EncoderCard,
-        paths: Sequence[Path],
+        tiles: Sequence[TileImage],
         go_on: Callable[[], bool],
     ) -> Embedded:
-        """Features of the first of `paths`: of all, or of those before `go_on` said no.
+        """Features of the first of `tiles`: of all, or of those before `go_on` said no.
 
         Args:
             teacher: see `LiveProbe`.
             card: its normalisation.
-            paths: image files.
+            tiles: labelled tiles, N.
             go_on: asked before each forward but the first, on every rank alike.
 
         Raises:
@@ -93,22 +92,22 @@ class TeacherFeatures:
             def prepare(start: int) -> list[Future[Tensor]]:
                 first = start + self._world.rank * self._batch
                 # the last forward is filled up with the last tile
-                mine = [min(i, len(paths) - 1) for i in range(first, first + self._batch)]
-                return [pool.submit(_prepared, geometry, paths[i]) for i in mine]
+                mine = [min(i, len(tiles) - 1) for i in range(first, first + self._batch)]
+                return [pool.submit(_prepared, geometry, tiles[i]) for i in mine]
 
             coming = prepare(0)
-            for start in range(0, len(paths), span):
+            for start in range(0, len(tiles), span):
                 if start and not go_on():
                     break
                 images = torch.stack([future.result() for future in coming])  # uint8 [B, 3, H, W]
-                if start + span < len(paths):
+                if start + span < len(tiles):
                     coming = prepare(start + span)
                 # as the encoder of an export has it, to the bit
                 images = images.to(self._device, torch.float32).div_(255).sub_(mean).div_(std)
                 outputs.append(self._forward(teacher, images))
             for future in coming:
                 future.cancel()
-        count = min(len(outputs) * span, len(paths))
+        count = min(len(outputs) * span, len(tiles))
         return Embedded(count, self._gather(torch.stack(outputs).cpu(), count))
 
     @torch.no_grad()
@@ -149,6 +148,6 @@ def _geometry(model: VitConfig, card: EncoderCard) -> Any:
     return timm.data.create_transform(**config, is_training=False, normalize=False)
 
 
-def _prepared(geometry: Any, path: Path) -> Tensor:
-    prepared: Tensor = geometry(Image.fromarray(read_image(path)))
+def _prepared(geometry: Any, image: TileImage) -> Tensor:
+    prepared: Tensor = geometry(Image.fromarray(image.read()))
     return prepared

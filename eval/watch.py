@@ -249,12 +249,12 @@ class TrainerProbe:
             self._skip(card.steps)
             self._budget.spend(began)
             return
-        paths = self._tiles.paths[: self._n or len(self._tiles)]
+        tiles = self._tiles.images[: self._n or len(self._tiles)]
         deadline = began + left * (1.0 if self._n else EMBEDDING_SHARE)
         embedded = self._features(
             teacher,
             card,
-            paths,
+            tiles,
             lambda: bool(agreed(int(self._budget.now() < deadline), self._world)),
         )
         n = self._n or self._tiles.first(embedded.count)

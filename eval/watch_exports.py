@@ -165,7 +165,7 @@ def _score(config: WatchConfig, folder: Path, tiles: ProbeTiles, device: torch.d
     try:
         checksums = file_digest(folder / CHECKSUMS)
         encoder = load_encoder(f"{folder}@{probe.pooling}", device)
-        features = embed_in_memory(encoder, tiles.paths, batch_size=probe.batch_size)
+        features = embed_in_memory(encoder, tiles.images, batch_size=probe.batch_size)
         if file_digest(folder / CHECKSUMS) != checksums:
             return  # replaced meanwhile: the next look finds it
     except (FileNotFoundError, InputError):

@@ -31,9 +31,10 @@ from eosin.data_curation.synthetic_layout import TRUTH_DOWNSAMPLE
 from eosin.data_curation.synthetic_task import SyntheticTaskConfig, write_task
 from eosin.data_curation.tiles import TileConfig, tile
 from eosin.eval import fewshot
+from eosin.eval.config import EvalConfig
 from eosin.eval.intervals import draw_groups, interval, tail_of
 from eosin.eval.results import load_results
-from eosin.eval.run import EvalConfig, evaluate
+from eosin.eval.run import evaluate
 from eosin.eval.tasks import TaskConfig
 from eosin.launch.artefacts import file_digest, is_done, mark_done, replacing, stamp_of, write_text
 from eosin.pretrain.config import PretrainConfig

@@ -25,10 +25,11 @@ from eosin.data_curation.slide import Slide
 from eosin.data_curation.synthetic import SyntheticConfig, write_slides
 from eosin.data_curation.synthetic_task import SyntheticTaskConfig, write_task
 from eosin.data_curation.tiles import TileOptions
+from eosin.eval.config import EvalConfig
 from eosin.eval.figures import feature_map, overlay_sheet, tile_sheet
 from eosin.eval.report import Picture, Section, write_report
 from eosin.eval.results import load_results
-from eosin.eval.run import EvalConfig, evaluate
+from eosin.eval.run import evaluate
 from eosin.eval.tasks import TaskConfig
 from eosin.launch.artefacts import write_text
 from eosin.launch.process import World

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from eosin.configs.errors import InputError
-from eosin.data_curation.embed import embed_images, read_image
+from eosin.data_curation.embed import FileTile, embed_images, read_image
 from eosin.data_curation.encoder import load_encoder
 from eosin.data_curation.features import features_stamp, open_features, write_features
 from eosin.data_curation.manifest import FEATURE_ROWS
@@ -159,13 +159,17 @@ def test_embedding_files_equals_embedding_their_pixels(
     paths = save_tiles(tmp_path / "tiles")
     folder = write_encoder_folder(tmp_path / "tiny")
     encoder = load_encoder(str(folder), torch.device("cpu"))
-    store = embed_images(encoder, paths, rows(), "data", tmp_path / "out", batch_size=4)
+    store = embed_images(
+        encoder, [FileTile(p) for p in paths], rows(), "data", tmp_path / "out", batch_size=4
+    )
     expected = encoder.embed([np.asarray(Image.open(path)) for path in paths])
     np.testing.assert_allclose(store.features, expected, rtol=1e-3, atol=1e-3)
     assert store.meta["encoder_digest"] == encoder.digest
     for path in paths:  # a second call takes what is there
         path.unlink()
-    again = embed_images(encoder, paths, rows(), "data", tmp_path / "out", batch_size=4)
+    again = embed_images(
+        encoder, [FileTile(p) for p in paths], rows(), "data", tmp_path / "out", batch_size=4
+    )
     np.testing.assert_array_equal(again.features, store.features)
 
 
@@ -190,7 +194,8 @@ encoder.forward = forward_until_killed
 root = Path(sys.argv[1])
 paths = [root / "tiles" / f"{i}.png" for i in range(40)]
 rows = pq.read_table(root / "rows.parquet")
-embed.embed_images(encoder, paths, rows, "data", root / "killed", batch_size=2)
+images = [embed.FileTile(p) for p in paths]
+embed.embed_images(encoder, images, rows, "data", root / "killed", batch_size=2)
 """
 
 
@@ -202,7 +207,9 @@ def test_embedding_killed_in_a_later_chunk_and_rerun_gives_the_same_bytes(tmp_pa
     assert killed.returncode == -signal.SIGKILL
     encoder = load_encoder("builtin:colour-histogram", torch.device("cpu"))
     for name in ("killed", "whole"):
-        embed_images(encoder, paths, rows(40), "data", tmp_path / name, batch_size=2)
+        embed_images(
+            encoder, [FileTile(p) for p in paths], rows(40), "data", tmp_path / name, batch_size=2
+        )
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 

@@ -11,10 +11,11 @@ from PIL import Image
 from scipy.stats import kstest, permutation_test
 
 from eosin.eval.compare import CompareConfig, compare_encoders, mean_lines
+from eosin.eval.config import EvalConfig
 from eosin.eval.metrics import SummedMetric, accuracy, balanced_accuracy, grouped_confusion
 from eosin.eval.permutation import holm, permutation_p
 from eosin.eval.probe import one_hot
-from eosin.eval.run import EvalConfig, evaluate
+from eosin.eval.run import evaluate
 from eosin.eval.tasks import TaskConfig
 from eosin.launch.cli import main
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from eosin.data_curation.embed import FileTile
 from eosin.data_curation.manifest import PREDICTIONS, write_table
 from eosin.eval import few_labels, linear_eva
 from eosin.eval.predictions import outcome_from, predictions_table, read_predictions
@@ -31,13 +32,14 @@ def task_of(labels: np.ndarray) -> Task:
         name="t",
         classes=["a", "b", "c"],
         tile_ids=[f"{i}.png" for i in range(n)],
-        paths=[Path(f"{i}.png") for i in range(n)],
+        images=[FileTile(Path(f"{i}.png")) for i in range(n)],
         labels=labels,
         groups=[f"g{i % 5}" for i in range(n)],
         splits=np.full(n, "test"),
         data_digest="d",
         digest="d",
         notes=(),
+        origins=None,
     )
 
 

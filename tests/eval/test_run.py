@@ -13,8 +13,9 @@ from sklearn.metrics import balanced_accuracy_score
 from eosin.configs.errors import InputError
 from eosin.configs.load import load_config, to_yaml
 from eosin.data_curation.embed_config import NormaliseConfig
+from eosin.eval.config import EvalConfig
 from eosin.eval.results import load_results
-from eosin.eval.run import EvalConfig, evaluate, plan
+from eosin.eval.run import evaluate, plan
 from eosin.eval.tasks import TaskConfig
 from eosin.launch.cli import main
 

@@ -87,7 +87,7 @@ def test_a_folder_per_class_is_a_task_whose_tiles_are_their_own_groups(tmp_path:
     save_tile(tmp_path / "set" / "stray.png", 0)
     save_tile(tmp_path / "set" / "a" / ".hidden.png", 0)
     task = load(tmp_path / "set")
-    assert (task.name, task.classes, len(task.paths)) == ("set", ["a", "b"], 30)
+    assert (task.name, task.classes, len(task.images)) == ("set", ["a", "b"], 30)
     assert task.record().groups == task.record().tiles
     assert "each tile is its own" in task.notes[0] and "no splits are given" in task.notes[1]
     for split in ("train", "val", "test"):  # stratified: half and half
@@ -212,5 +212,5 @@ def test_one_group_alone_cannot_be_carved(tmp_path: Path) -> None:
 
 def test_the_real_tables_load_as_their_notes_describe(real_data: Path) -> None:
     task = load(real_data / "breast_idc" / "labels.csv")
-    assert (len(task.paths), len(task.classes)) == (2035, 2)
+    assert (len(task.images), len(task.classes)) == (2035, 2)
     assert sum(task.record().groups.values()) == 45 and task.record().groups["test"] == 11

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from eosin.configs.errors import ConfigError
+from eosin.eval.config import EvalConfig
 from eosin.eval.probe_tiles import LEAST_TILES, order_tiles
 from eosin.eval.results import load_results
-from eosin.eval.run import EvalConfig, evaluate
+from eosin.eval.run import evaluate
 from eosin.eval.tasks import Task, TaskConfig, load_task
 from eosin.eval.watch import Budget, ProbeConfig, TrainerProbe
 from eosin.eval.watch_exports import ExportProbe, WatchConfig, watch
@@ -135,24 +136,24 @@ def test_every_beginning_of_the_order_is_whole_groups_of_all_classes_and_half_of
     task = task_of(labels)
     tiles = order_tiles(task, seed=0)
     assert len(tiles) == 216 and tiles.ends[-1] == 216 and tiles.ends[0] == LEAST_TILES
-    group_of = dict(zip(task.paths, task.groups, strict=True))
-    split_of = dict(zip(task.paths, task.splits.tolist(), strict=True))
-    sizes = Counter(group_of[path] for path in tiles.paths)
+    group_of = dict(zip(task.images, task.groups, strict=True))
+    split_of = dict(zip(task.images, task.splits.tolist(), strict=True))
+    sizes = Counter(group_of[path] for path in tiles.images)
     for end in tiles.ends:
-        inside = Counter(group_of[path] for path in tiles.paths[:end])
+        inside = Counter(group_of[path] for path in tiles.images[:end])
         assert all(sizes[group] == count for group, count in inside.items())
         assert abs(tiles.labels[:end].mean() - 0.5) < 0.03
     for end in range(8, 216):
         n_val = tiles.is_val[:end].sum()
         assert abs(n_val - min(end / 2, 72)) <= TILES_A_GROUP
-    assert {split_of[path] for path in tiles.paths} == {"train", "val"}
-    assert [split_of[path] == "val" for path in tiles.paths] == tiles.is_val.tolist()
+    assert {split_of[path] for path in tiles.images} == {"train", "val"}
+    assert [split_of[path] == "val" for path in tiles.images] == tiles.is_val.tolist()
     assert (tiles.first(199), tiles.first(203), tiles.first(10**6)) == (0, 200, 216)
     other = order_tiles(task, seed=1)
-    assert other.paths != tiles.paths and set(other.paths) == set(tiles.paths)
+    assert other.images != tiles.images and set(other.images) == set(tiles.images)
     assert other.digest != tiles.digest == order_tiles(task, seed=0).digest
     few = order_tiles(task, seed=0, most=205)
-    assert few.paths == tiles.paths[:204] and few.digest != tiles.digest
+    assert few.images == tiles.images[:204] and few.digest != tiles.digest
 
 
 def test_scores_are_those_of_eval_on_the_same_split_and_tiles(tmp_path: Path, labels: Path) -> None:

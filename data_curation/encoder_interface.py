@@ -1,0 +1,67 @@
+"""What an encoder is: tiles in, features out, with a digest that names both.
+
+Shapes: B tiles, D features.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from torch import Tensor
+
+Tiles = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
+"""RGB tiles [H, W, 3], of any and of different sizes, or one array [B, H, W, 3]."""
+
+
+class Encoder(ABC):
+    """What turns tiles into features. Made by `load_encoder`."""
+
+    name: str
+    """Short name for tables and files."""
+    dim: int
+    """Features of one tile."""
+    pooling: str
+    """One of `POOLINGS`, or ``none``."""
+    digest: str
+    """XXH3-128 of weights, preprocessing and pooling: equal digests mean equal features."""
+    transform_digest: str
+    """XXH3-128 of the preprocessing alone."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Normalisation of RGB in [0, 1]."""
+    input_px: int | None
+    """Side of the square that the network sees; None where tiles are taken as they are."""
+    has_twin: bool = True
+    """Whether `random_twin` can be had."""
+
+    @abstractmethod
+    def prepare(self, tile: npt.NDArray[np.uint8]) -> Tensor:
+        """One RGB tile [H, W, 3] made ready for `forward`; safe to call from many threads."""
+
+    @abstractmethod
+    def forward(self, prepared: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+        """Features [B, D] of prepared tiles."""
+
+    @abstractmethod
+    def random_twin(self, seed: int) -> "Encoder":
+        """The same network and preprocessing at random weights.
+
+        Raises:
+            InputError: there are no weights.
+        """
+
+    def embed(self, tiles: Tiles) -> npt.NDArray[np.float32]:
+        """Features [B, D] of RGB uint8 tiles."""
+        return self.forward([self.prepare(tile) for tile in tiles])
+
+
+def digest_of_weights(model: torch.nn.Module) -> str:
+    """XXH3-128 of names, types, shapes and bytes of all parameters and buffers."""
+    state = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
