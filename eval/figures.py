@@ -32,7 +32,7 @@ KINDS = {
     "floor": "Floors: colour alone",
 }
 """Kinds of encoder in the order of every table and chart, with their headings."""
-_COLOURS = {"encoder": HAEMATOXYLIN, "random": EOSIN, "floor": STONE}
+KIND_COLOURS = {"encoder": HAEMATOXYLIN, "random": EOSIN, "floor": STONE}
 GAP_PX = 8
 TEXT_PX = 44
 """Height of a line of words on an image sheet."""
@@ -66,7 +66,7 @@ def score_bars(results: Results, path: Path) -> None:
             for encoder in results.encoders:
                 score = find_score(results, encoder.name, protocol)
                 if score is not None:
-                    _draw_score(panel, score, line[encoder.name], _COLOURS[encoder.kind])
+                    _draw_score(panel, score, line[encoder.name], KIND_COLOURS[encoder.kind])
             panel.set(xlim=(0, 1), title=shortened(protocol, 34))
             panel.set_xlabel(f"balanced accuracy · dashed: chance {chance:.3f}")
             panel.set_yticks([line[e.name] for e in results.encoders])

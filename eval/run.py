@@ -4,13 +4,16 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 
+from eosin.configs.load import to_yaml
 from eosin.data_curation.manifest import PREDICTIONS, write_table
 from eosin.eval.config import EvalConfig
 from eosin.eval.confounding import confounding
 from eosin.eval.console import differences_table, insight_lines, scores_table
 from eosin.eval.discrimination import is_discriminative
+from eosin.eval.export_tables import scores_csv, scores_latex
 from eosin.eval.intervals import FEW_GROUPS
 from eosin.eval.label_free import label_free
 from eosin.eval.leakage import leakage
@@ -18,6 +21,7 @@ from eosin.eval.predictions import predictions_table
 from eosin.eval.probe import Labelled, Outcome
 from eosin.eval.protocols import DESCRIPTIONS, choose, run_protocols
 from eosin.eval.report import write_report
+from eosin.eval.report_sections import report_sections
 from eosin.eval.results import (
     ConditionRange,
     ConditionScore,
@@ -31,9 +35,11 @@ from eosin.eval.sensitivity import PLAIN, mean_cosine, score_conditions, split_o
 from eosin.eval.table_rows import TableRow, load_rows
 from eosin.eval.task_features import embed_task, embed_under_conditions, is_cached
 from eosin.eval.tasks import Task, load_task
-from eosin.launch.artefacts import write_json
+from eosin.launch.artefacts import write_json, write_text
 from eosin.launch.process import choose_device
 from eosin.launch.progress import Meter, format_seconds
+
+CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,8 @@ class Found:
 
     outcomes: dict[str, Outcome]
     """By protocol."""
+    features: npt.NDArray[np.float32]
+    """Of all tiles, [N, D]."""
     conditions: list[ConditionScore]
     ranges: list[ConditionRange]
     insight: Insight
@@ -75,6 +83,9 @@ def evaluate(config: EvalConfig, *, with_report: bool = True) -> None:
     results = _results(config, task, [row.record for row in rows], found, draws)
     predictions = predictions_table(task, {name: f.outcomes for name, f in found.items()})
     write_table(predictions, config.out / "predictions.parquet", PREDICTIONS)
+    write_text(config.out / CONFIG_NAME, to_yaml(config))
+    write_text(config.out / "scores.csv", scores_csv(results))
+    write_text(config.out / "scores.tex", scores_latex(results))
     write_json(config.out / "timings.json", {name: f.seconds for name, f in found.items()})
     save_results(results, config.out / "results.json")
     console.print(scores_table(results), differences_table(results), sep="\n")
@@ -90,7 +101,16 @@ def evaluate(config: EvalConfig, *, with_report: bool = True) -> None:
             )
     if not with_report:
         return
-    write_report(config.out / "report.html", results, predictions)
+    main = found[rows[0].record.name]
+    sections = report_sections(
+        task,
+        results,
+        main.outcomes,
+        main.features,
+        config.out / "figures",
+        choose_device(config.device),
+    )
+    write_report(config.out / "report.html", results, predictions, sections)
     console.print(f"report: {config.out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -175,7 +195,12 @@ def _examine(config: EvalConfig, task: Task, row: TableRow, draws: Draws) -> Fou
     )
     seconds["insight"] = time.perf_counter() - began
     return Found(
-        outcomes=outcomes, conditions=conditions, ranges=ranges, insight=insight, seconds=seconds
+        outcomes=outcomes,
+        features=features,
+        conditions=conditions,
+        ranges=ranges,
+        insight=insight,
+        seconds=seconds,
     )
 
 

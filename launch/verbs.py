@@ -183,6 +183,22 @@ VERBS: dict[str, Verb] = {
         "eosin eval compare runs/first/eval runs/second/eval out=runs/compared",
         collects="results",
     ),
+    "eval leaderboard": Verb(
+        "eosin.eval.leaderboard",
+        "LeaderboardConfig",
+        "make_leaderboard",
+        "many evaluations as one table of encoders by tasks, with floors and published figures",
+        "eosin eval leaderboard runs/*/eval out=runs/leaderboard",
+        collects="results",
+    ),
+    "eval reproduce": Verb(
+        "eosin.eval.reproduce",
+        "ReproduceConfig",
+        "reproduce",
+        "run an evaluation again and hold every number against its old one",
+        "eosin eval reproduce runs/first/eval",
+        positional="results",
+    ),
     "watch": Verb(
         "eosin.eval.watch_exports",
         "WatchConfig",
