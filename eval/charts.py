@@ -55,7 +55,7 @@ def score_curves(curves: Sequence[Curve], axis: str, chance: float, path: Path) 
         axes.minorticks_off()
         axes.set(xlabel=axis, ylabel="balanced accuracy", ylim=(0, 1))
         axes.grid(axis="y")
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=False, fontsize=8, loc="lower right", handlelength=3.5)
 
 
 def reliability(

@@ -2,42 +2,60 @@
 
 from rich.table import Table
 
-from eosin.eval.results import Results
+from eosin.eval.results import Results, headline_protocols
 from eosin.eval.tables import MAIN_METRIC
+
+MOST_COLUMNS = 4
+"""Protocols stand in columns up to so many, and in rows beyond."""
 
 
 def scores_table(results: Results) -> Table:
-    """Encoders × protocols: balanced accuracy with its 95 % interval."""
-    table = Table(title=f"{results.task.name}: balanced accuracy [95 % interval over groups]")
-    protocols = _protocols(results)
-    table.add_column("encoder")
-    for protocol in protocols:
-        table.add_column(protocol.replace("/", "/\n"), justify="right")
-    for encoder in results.encoders:
-        cells = []
-        for protocol in protocols:
-            found = results.score(encoder.name, protocol, MAIN_METRIC)
-            cells.append(f"{found.value:.3f}\n\\[{found.low:.3f}, {found.high:.3f}]")
-        table.add_row(encoder.label, *cells)
-    return table
+    """Encoders and protocols: balanced accuracy with its 95 % interval."""
+    labels = {encoder.name: encoder.label for encoder in results.encoders}
+    cells = {
+        (s.encoder, s.protocol): f"{s.value:.3f}\n\\[{s.low:.3f}, {s.high:.3f}]"
+        for s in results.scores
+        if s.metric == MAIN_METRIC
+    }
+    title = f"{results.task.name}: balanced accuracy [95 % interval over groups]"
+    return _table(title, "encoder", labels, _protocols(results), cells)
 
 
 def differences_table(results: Results) -> Table:
     """What the encoder adds to each other row, paired, and whether the interval is above zero."""
-    labels = {encoder.name: encoder.label for encoder in results.encoders}
-    table = Table(title=f"{results.encoders[0].label} minus …: better by more than the interval?")
-    protocols = _protocols(results)
-    table.add_column("baseline")
-    for protocol in protocols:
-        table.add_column(protocol.replace("/", "/\n"), justify="right")
-    rows: dict[str, list[str]] = {}
-    for found in results.differences:
-        if found.metric == MAIN_METRIC:
-            verdict = "yes" if found.better else "no"
-            cell = f"{verdict} {found.value:+.3f}\n\\[{found.low:+.3f}, {found.high:+.3f}]"
-            rows.setdefault(found.baseline, []).append(cell)
-    for baseline, cells in rows.items():
-        table.add_row(labels[baseline], *cells)
+    labels = {encoder.name: encoder.label for encoder in results.encoders[1:]}
+    cells = {}
+    for d in results.differences:
+        if d.metric == MAIN_METRIC:
+            verdict = "yes" if d.better else "no"
+            cells[d.baseline, d.protocol] = (
+                f"{verdict} {d.value:+.3f}\n\\[{d.low:+.3f}, {d.high:+.3f}]"
+            )
+    title = f"{results.encoders[0].label} minus …: better by more than the interval?"
+    return _table(title, "baseline", labels, _protocols(results), cells)
+
+
+def _table(
+    title: str,
+    corner: str,
+    labels: dict[str, str],
+    protocols: list[str],
+    cells: dict[tuple[str, str], str],
+) -> Table:
+    """Cells by (encoder, protocol), with the protocols across or down."""
+    across = len(protocols) <= MOST_COLUMNS
+    table = Table(title=title)
+    table.add_column(corner if across else "protocol")
+    heads = [p.replace("/", "/\n") for p in protocols] if across else list(labels.values())
+    for head in heads:
+        table.add_column(head, justify="right")
+    if across:
+        for name, label in labels.items():
+            table.add_row(label, *(cells.get((name, p), "–") for p in protocols))
+    else:
+        for protocol in protocols:
+            found = (cells.get((name, protocol), "–") for name in labels)
+            table.add_row(protocol, *(cell.replace("\n", " ") for cell in found))
     return table
 
 
@@ -67,7 +85,7 @@ def insight_lines(results: Results) -> list[str]:
             lines.append(f"warning: {encoder.label} has collapsed: it tells hardly any tiles apart")
     for found in results.ranges:
         label = next(e.label for e in results.encoders if e.name == found.encoder)
-        if found.metric == MAIN_METRIC:
+        if found.metric == MAIN_METRIC and found.protocol in headline_protocols(results):
             lines.append(
                 f"{label}, {found.protocol}: range over {found.conditions} conditions "
                 f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"

@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from eosin.eval.results import Results, Score
+from eosin.eval.results import Results, Score, headline_protocols
 from eosin.launch.pictures import (
     EOSIN,
     HAEMATOXYLIN,
@@ -52,7 +52,8 @@ def find_score(results: Results, encoder: str, protocol: str) -> Score | None:
 
 def score_bars(results: Results, path: Path) -> None:
     """Draws balanced accuracy with its 95 % interval: a panel a protocol, encoders by kind."""
-    protocols = list(dict.fromkeys(score.protocol for score in results.scores))
+    charted = headline_protocols(results)
+    protocols = [p for p in dict.fromkeys(s.protocol for s in results.scores) if p in charted]
     line = _lines(results)
     columns = min(3, len(protocols))
     panel_rows = -(-len(protocols) // columns)
@@ -156,7 +157,7 @@ def tile_sheet(
         tiles = [image for image, label in zip(images, labels, strict=True) if label == name]
         for start in range(0, len(tiles), columns):
             rows.append(("" if start else name, tiles[start : start + columns]))
-    names = [shortened(name, 20) for name, _ in rows]
+    names = [shortened(name, 30) for name, _ in rows]
     margin = 40 + CHARACTER_PX * max(map(len, names))
     step = min((PAGE_PX - margin) // max(len(tiles) for _, tiles in rows), 256)
     tile_px = step - GAP_PX

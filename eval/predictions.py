@@ -3,6 +3,7 @@
 From it a score, an interval and a comparison can be made again without the tiles.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +19,43 @@ from eosin.eval.tasks import Task
 
 def predictions_table(task: Task, outcomes: dict[str, dict[str, Outcome]]) -> pa.Table:
     """One row a test tile, protocol and encoder, from outcomes by encoder and protocol."""
-    test = np.flatnonzero(task.splits == "test")
-    n, labels = len(test), task.labels[test]
-    parts = []
-    for encoder, by_protocol in outcomes.items():
-        for protocol, outcome in by_protocol.items():
-            certain = bool((outcome.votes.max(axis=1) == 1).all())
-            own = {name: table[np.arange(n), labels] for name, table in outcome.values.items()}
-            columns = {
-                "encoder": [encoder] * n,
-                "protocol": [protocol] * n,
-                "tile_id": [task.tile_ids[i] for i in test],
-                "group": [task.groups[i] for i in test],
-                "label": labels,
-                "prediction": outcome.predictions,
-                "votes": None if certain else outcome.votes.astype(np.float32),
-                "scores": outcome.scores,
-                "probabilities": [outcome.probabilities] * n,
-                "values": [[(name, float(v[i])) for name, v in own.items()] for i in range(n)],
-            }
-            parts.append(
-                pa.table(
-                    {f.name: _column(columns[f.name], f.type, n) for f in PREDICTIONS},
-                    schema=PREDICTIONS,
-                )
-            )
-    return pa.concat_tables(parts)
+    test = np.flatnonzero(task.splits == "test").tolist()
+    ids, groups = [task.tile_ids[i] for i in test], [task.groups[i] for i in test]
+    labels = task.labels[test]
+    return pa.concat_tables(
+        predictions_of(encoder, protocol, outcome, ids, groups, labels)
+        for encoder, by_protocol in outcomes.items()
+        for protocol, outcome in by_protocol.items()
+    )
+
+
+def predictions_of(
+    encoder: str,
+    protocol: str,
+    outcome: Outcome,
+    ids: Sequence[str],
+    groups: Sequence[str],
+    labels: npt.NDArray[np.int64],
+) -> pa.Table:
+    """The rows of one encoder and protocol, for N tiles or slides called `ids`."""
+    n = len(ids)
+    certain = bool((outcome.votes.max(axis=1) == 1).all())
+    own = {name: table[np.arange(n), labels] for name, table in outcome.values.items()}
+    columns = {
+        "encoder": [encoder] * n,
+        "protocol": [protocol] * n,
+        "tile_id": list(ids),
+        "group": list(groups),
+        "label": labels,
+        "prediction": outcome.predictions,
+        "votes": None if certain else outcome.votes.astype(np.float32),
+        "scores": outcome.scores,
+        "probabilities": [outcome.probabilities] * n,
+        "values": [[(name, float(v[i])) for name, v in own.items()] for i in range(n)],
+    }
+    return pa.table(
+        {f.name: _column(columns[f.name], f.type, n) for f in PREDICTIONS}, schema=PREDICTIONS
+    )
 
 
 def _column(values: object, kind: pa.DataType, n: int) -> pa.Array:

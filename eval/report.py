@@ -22,6 +22,7 @@ from eosin.eval.tables import (
     difference_bands,
     metric_bands,
     metrics_in_words,
+    protocol_groups,
     protocol_in_words,
     score_bands,
 )
@@ -106,8 +107,13 @@ def write_report(
             results=results,
             verdict=verdict,
             few_groups=FEW_GROUPS,
-            protocols=[protocol_in_words(protocol) for protocol in protocols],
-            bands=[*score_bands(results, protocols), *difference_bands(results, protocols)],
+            tables=[
+                (
+                    [protocol_in_words(protocol) for protocol in group],
+                    [*score_bands(results, group), *difference_bands(results, group)],
+                )
+                for group in protocol_groups(results)
+            ],
             chart=_score_chart(results, path.parent / "figures"),
             splits=_splits(results),
             confusions=_confusions(predictions, results, verdict, path.parent / "figures"),

@@ -20,7 +20,7 @@ from eosin.eval.gallery import confused_tiles, found_tiles, principal_points
 from eosin.eval.probe import Outcome
 from eosin.eval.published_scores import PUBLISHED_SCORES
 from eosin.eval.report import Picture, Section
-from eosin.eval.results import Results
+from eosin.eval.results import Results, headline_protocols
 from eosin.eval.tables import MAIN_METRIC
 from eosin.eval.tasks import Task
 
@@ -143,11 +143,11 @@ def _retrieval(
     told = found_tiles(task, features, path, device)
     right = sum(answer == asked for asked, answers in told for answer in answers)
     whole = sum(len(answers) for _, answers in told)
-    lines = "; ".join(f"{i + 1} {', '.join(a)}" for i, (_, a) in enumerate(told))
+    lines = ", ".join(f"{a.count(asked)} of {len(a)}" for asked, a in told)
     yield Section(
         title="What is found alike",
         text=f"Test tiles (left) and their nearest of train and val by {main}: {right} of {whole} "
-        f"answers here are of the class that was asked for.\n\nClasses of the answers: {lines}.",
+        f"answers here are of the class that was asked for.\n\nRight answers by line: {lines}.",
         pictures=(Picture(path=path, caption="First of each line: the tile that asks."),),
     )
 
@@ -174,11 +174,16 @@ def _conditions(results: Results, folder: Path) -> Iterator[Section]:
         return
     path = folder / "conditions.png"
     labels = {encoder.name: encoder.label for encoder in results.encoders}
-    condition_changes([c for c in results.conditions if c.metric == MAIN_METRIC], labels, path)
+    charted = headline_protocols(results)
+    condition_changes(
+        [c for c in results.conditions if c.metric == MAIN_METRIC and c.protocol in charted],
+        labels,
+        path,
+    )
     ranges = "; ".join(
         f"{labels[r.encoder]}, {r.protocol}: {r.value:.3f} [{r.low:.3f}, {r.high:.3f}]"
         for r in results.ranges
-        if r.metric == MAIN_METRIC
+        if r.metric == MAIN_METRIC and r.protocol in charted
     )
     cosines = "; ".join(
         f"{labels[name]}: " + ", ".join(f"{c} {value:.3f}" for c, value in insight.cosines.items())
@@ -206,6 +211,8 @@ def _insights(results: Results) -> Iterator[Section]:
             f"{encoder.label}: RankMe {free.rankme:.1f} of {encoder.dim}, α {alpha}, mean cosine "
             f"{free.mean_cosine:.3f}, uniformity {free.uniformity:.2f}"
         )
+        if insight.lidar is not None:
+            line += f", LiDAR {insight.lidar:.1f}"
         if insight.leakage is not None:
             leak = insight.leakage
             line += f"; groups: neighbours {leak.enrichment:.2f}× chance, {leak.explained:.1%} of "

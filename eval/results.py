@@ -128,6 +128,8 @@ class Insight:
     """None where the task names no confounder."""
     cosines: dict[str, float] = field(default_factory=dict)
     """Condition → mean cosine of a test tile's features before and after."""
+    lidar: float | None = None
+    """Of test tiles, with the transforms as their views; None with fewer than two transforms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,21 @@ class Results:
             if (score.encoder, score.protocol, score.metric) == (encoder, protocol, metric):
                 return score
         raise KeyError((encoder, protocol, metric))
+
+
+HEADLINES = 6
+"""Protocols that are charted at most."""
+
+
+def headline_protocols(results: Results) -> list[str]:
+    """The protocols that are charted: one of each kind, before the others of that kind."""
+    protocols = list(dict.fromkeys(score.protocol for score in results.scores))
+    first: dict[str, str] = {}
+    for protocol in protocols:
+        first.setdefault(protocol.partition("/")[0], protocol)
+    rest = [p for p in protocols if p not in first.values()]
+    chosen = [*first.values(), *rest][:HEADLINES]
+    return [p for p in protocols if p in chosen]
 
 
 def save_results(results: Results, path: Path) -> None:
@@ -195,4 +212,5 @@ def _insight(value: dict[str, Any]) -> Insight:
         leakage=None if value["leakage"] is None else Leakage(**value["leakage"]),
         confounding=None if value["confounding"] is None else Confounding(**value["confounding"]),
         cosines=value["cosines"],
+        lidar=value["lidar"],
     )

@@ -6,6 +6,8 @@ from eosin.eval.figures import KINDS, find_score
 from eosin.eval.results import Difference, Results, Score
 
 MAIN_METRIC = "balanced_accuracy"
+MOST_COLUMNS = 6
+"""Of a table."""
 METRICS = {
     "balanced_accuracy": "balanced accuracy",
     "accuracy": "accuracy",
@@ -72,6 +74,23 @@ def protocol_in_words(protocol: str) -> tuple[str, str]:
     """What a protocol is called in words, and the rest of its name."""
     family, slash, recipe = protocol.partition("/")
     return (FAMILIES.get(family, family), recipe) if slash else (protocol, "")
+
+
+def protocol_groups(results: Results) -> list[list[str]]:
+    """The protocols in groups that fit beside each other: all where they are few, else by kind."""
+    protocols = list(dict.fromkeys(score.protocol for score in results.scores))
+    if len(protocols) <= MOST_COLUMNS:
+        return [protocols]
+    kinds: dict[str, list[str]] = {}
+    for protocol in protocols:
+        kinds.setdefault(protocol.partition("/")[0], []).append(protocol)
+    alone = [names[0] for names in kinds.values() if len(names) == 1]
+    together = [*(names for names in kinds.values() if len(names) > 1), alone]
+    return [
+        names[start : start + MOST_COLUMNS]
+        for names in together
+        for start in range(0, len(names), MOST_COLUMNS)
+    ]
 
 
 def metrics_in_words(results: Results) -> dict[str, str]:

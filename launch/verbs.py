@@ -175,6 +175,13 @@ VERBS: dict[str, Verb] = {
         "eosin eval encoder=runs/first/encoder task.tiles=/data/labels.csv out=runs/first/eval",
         plan="plan",
     ),
+    "eval bags": Verb(
+        "eosin.eval.bags",
+        "BagsConfig",
+        "evaluate_bags",
+        "features of slides to verdicts on slides: mean pooling, AB-MIL, TransMIL, with attention",
+        "eosin eval bags 'features=[curated/features]' labels=slides.csv out=runs/first/bags",
+    ),
     "eval compare": Verb(
         "eosin.eval.compare",
         "CompareConfig",

@@ -124,6 +124,8 @@ def test_an_evaluation_under_conditions_fits_no_probe_again(
     values = [plain, *(c.value for c in by_condition.values())]
     assert span.value == pytest.approx(max(values) - min(values)) and span.conditions == 4
     insight = results.insights["tiny-cls"]
+    assert insight.lidar is not None and 1 <= insight.lidar <= 32
+    assert results.insights["mean-colour"].lidar is None
     assert 0 < insight.cosines["rotate-90"] < insight.cosines["jpeg-60"] <= 1
     assert insight.confounding is not None and insight.leakage is not None
     assert results.insights["mean-colour"].confounding is not None

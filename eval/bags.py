@@ -1,0 +1,324 @@
+"""The verb `eval bags`: slides by their bags of features: mean pooling, AB-MIL, TransMIL.
+
+A bag is all features of one slide of a feature store (`eosin embed`); several stores, of several
+encoders or magnifications, stand in one table. Mean pooling takes any protocol of tiles, with the
+mean of a slide's features in the place of a tile's. Splits, intervals and comparisons are as for
+tiles, by patient.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from rich.console import Console
+
+from eosin.configs.errors import InputError
+from eosin.data_curation.features import FeatureStore, open_features
+from eosin.data_curation.manifest import PREDICTIONS, make_id, write_table
+from eosin.eval.attention_maps import write_attention
+from eosin.eval.console import differences_table, scores_table
+from eosin.eval.heads.abmil import GatedAttention
+from eosin.eval.heads.training import Bag, BagSplits, MakeHead, run_head
+from eosin.eval.heads.transmil import TransMil
+from eosin.eval.intervals import FEW_GROUPS
+from eosin.eval.listing import read_table, refuse_duplicates
+from eosin.eval.predictions import predictions_of
+from eosin.eval.probe import Labelled, Outcome
+from eosin.eval.protocols import DESCRIPTIONS, choose, run_protocols
+from eosin.eval.report import Picture, Section, write_report
+from eosin.eval.results import EncoderRecord, Results, TaskRecord, save_results
+from eosin.eval.scoring import compare, draw, score
+from eosin.eval.splits import SPLITS, carve_splits
+from eosin.launch.artefacts import stamp_of
+from eosin.launch.device_names import DeviceName
+from eosin.launch.process import choose_device
+
+HEADS: dict[str, tuple[MakeHead, str]] = {
+    "abmil/gated@1": (
+        GatedAttention,
+        "gated attention (256, 128), AdamW 1e-4, whole bags, stopped by AUROC on val; 3 runs",
+    ),
+    "transmil/grid@1": (
+        TransMil,
+        "TransMIL (256, 8 heads) with tiles at their places, AdamW 1e-4, whole bags, stopped by "
+        "AUROC on val; 3 runs",
+    ),
+}
+"""Name and version → how it is made, and one line that says what is done."""
+MEAN = "mean+"
+"""Before the name of a protocol of tiles: on the mean of a slide's features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagsConfig:
+    """Scores feature stores on labelled slides."""
+
+    features: list[Path]
+    """Feature stores of `eosin embed`, one an encoder or magnification; the first is compared with
+    the others."""
+    labels: Path
+    """A table with slide (its slide_id), label, and maybe group (patient) and split."""
+    out: Path
+    """Folder for results.json, predictions.parquet, attention and the report."""
+    name: str = ""
+    """What the report calls the task; from the table when empty."""
+    heads: list[str] = field(default_factory=lambda: list(HEADS))
+    pooled: list[str] = field(default_factory=lambda: ["linear/sklearn-l2@2", "prototypes/*"])
+    """Protocols of tiles that are run on mean-pooled slides."""
+    seed: int = 0
+    device: DeviceName = "auto"
+    n_bootstrap: int = 1000
+    attention_slides: int = 4
+    """Test slides whose attention is drawn."""
+
+    def __post_init__(self) -> None:
+        unknown = [head for head in self.heads if head not in HEADS]
+        if unknown:
+            raise ValueError(f"heads: no head '{unknown[0]}'; there are {', '.join(HEADS)}")
+        if self.pooled:
+            choose(self.pooled)
+        if not self.features:
+            raise ValueError("features=[]: name feature stores of 'eosin embed'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideTask:
+    """Labelled slides, sorted by slide_id."""
+
+    slide_ids: list[str]
+    classes: list[str]
+    labels: npt.NDArray[np.int64]
+    groups: list[str]
+    splits: npt.NDArray[np.str_]
+    notes: tuple[str, ...]
+
+    def record(self, name: str) -> TaskRecord:
+        """As ``results.json`` has it; slides stand where tiles stand elsewhere."""
+        groups = np.asarray(self.groups)
+        return TaskRecord(
+            name=name,
+            classes=self.classes,
+            tiles={s: int((self.splits == s).sum()) for s in SPLITS},
+            groups={s: len(set(groups[self.splits == s])) for s in SPLITS},
+            digest=stamp_of(
+                slides=self.slide_ids,
+                labels=self.labels.tolist(),
+                groups=self.groups,
+                splits=self.splits.tolist(),
+            ),
+        )
+
+
+def evaluate_bags(config: BagsConfig) -> None:
+    """Scores everything and writes results, predictions, attention and the report.
+
+    Raises:
+        InputError: a store or the table cannot be used.
+    """
+    console, notices = Console(), Console(stderr=True)
+    device = choose_device(config.device)
+    task = load_slides(config.labels, config.seed)
+    name = config.name or config.labels.stem
+    record = task.record(name)
+    notes = list(task.notes)
+    if record.groups["test"] < FEW_GROUPS:
+        notes.append(
+            f"test has {record.groups['test']} groups, fewer than {FEW_GROUPS}: take the intervals "
+            "with caution"
+        )
+    for note in notes:
+        notices.print(f"note: {note}", highlight=False, markup=False)
+    test = task.splits == "test"
+    draws = draw(
+        task.labels[test], np.asarray(task.groups)[test].tolist(), len(task.classes),
+        config.n_bootstrap, config.seed,
+    )  # fmt: skip
+    encoders, outcomes = list[EncoderRecord](), dict[str, dict[str, Outcome]]()
+    pictures: list[Picture] = []
+    for path in config.features:
+        store = open_features(path)
+        encoder = _record(path, store, encoders)
+        bags = read_bags(store, task.slide_ids, path)
+        encoders.append(encoder)
+        outcomes[encoder.name], attention = _run(config, task, bags, encoder.name, device)
+        for head, weights in attention.items():
+            chosen = [bag for bag, is_test in zip(bags, test, strict=True) if is_test]
+            pictures += write_attention(
+                chosen, weights, config.out, f"{encoder.name}-{make_id(head)}",
+                config.attention_slides, f"{encoder.label}, {head}",
+            )  # fmt: skip
+    scored = {
+        (e.name, protocol): score(e.name, protocol, outcome, draws)
+        for e in encoders
+        for protocol, outcome in outcomes[e.name].items()
+    }
+    protocols = list(outcomes[encoders[0].name])
+    results = Results(
+        task=record,
+        encoders=encoders,
+        scores=[s.score for entries in scored.values() for s in entries],
+        differences=[
+            compare(ours, theirs)
+            for other in encoders[1:]
+            for protocol in protocols
+            for ours, theirs in zip(
+                scored[encoders[0].name, protocol], scored[other.name, protocol], strict=True
+            )
+        ],
+        bootstrap_draws=config.n_bootstrap,
+        seed=config.seed,
+        protocols={protocol: _describe(protocol) for protocol in protocols},
+    )
+    rows = np.flatnonzero(test).tolist()
+    predictions = pa.concat_tables(
+        predictions_of(
+            e.name, protocol, outcome, [task.slide_ids[i] for i in rows],
+            [task.groups[i] for i in rows], task.labels[test],
+        )
+        for e in encoders
+        for protocol, outcome in outcomes[e.name].items()
+    )  # fmt: skip
+    write_table(predictions, config.out / "predictions.parquet", PREDICTIONS)
+    save_results(results, config.out / "results.json")
+    console.print(scores_table(results), differences_table(results), sep="\n")
+    sections = [
+        Section(
+            title="Attention",
+            text="Tiles of test slides at their places; the darker, the more of the verdict rests "
+            "on a tile. Attention says where a head looked, not what it saw.",
+            pictures=tuple(pictures),
+        )
+    ]
+    write_report(
+        config.out / "report.html", results, predictions, sections if pictures else (),
+        title="What these features are worth on slides",
+    )  # fmt: skip
+    console.print(f"report: {config.out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _describe(protocol: str) -> str:
+    if protocol in HEADS:
+        return HEADS[protocol][1]
+    return "on the mean of a slide's features: " + DESCRIPTIONS[protocol.removeprefix(MEAN)]
+
+
+def load_slides(path: Path, seed: int) -> SlideTask:
+    """Labelled slides of a table, with splits that no group crosses.
+
+    Raises:
+        InputError: a column is missing, a slide is named twice, or splits cannot be had.
+    """
+    table = read_table(path, ("slide", "label"), ("group", "split")).sort_by("slide")
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    slide_ids = columns["slide"]
+    refuse_duplicates(slide_ids, path)
+    classes = sorted(set(columns["label"]))
+    if len(classes) < 2:
+        raise InputError(f"{path}: only one class, '{classes[0]}'; a head needs two")
+    labels = np.searchsorted(classes, columns["label"]).astype(np.int64)
+    groups = columns.get("group", slide_ids)
+    splits, notes = carve_splits(labels, groups, columns.get("split"), classes, seed, str(path))
+    if "group" not in columns:
+        notes.insert(0, "no groups are given, so each slide is its own: patients may leak")
+    return SlideTask(
+        slide_ids=slide_ids,
+        classes=classes,
+        labels=labels,
+        groups=groups,
+        splits=splits,
+        notes=tuple(notes),
+    )
+
+
+def read_bags(store: FeatureStore, slide_ids: list[str], path: Path) -> list[Bag]:
+    """The bags of some slides, in their order; features stay mapped until they are used.
+
+    Raises:
+        InputError: a slide is not in the store, or its tiles have no places or share one.
+    """
+    places = {}
+    start = 0
+    for slide_id, features in store.bags():
+        places[slide_id] = (start, start + len(features))
+        start += len(features)
+    missing = [slide_id for slide_id in slide_ids if slide_id not in places]
+    if missing:
+        raise InputError(
+            f"{path} has no features of {len(missing)} labelled slides, such as {missing[0]}"
+        )
+    x, y = (store.rows[name].to_numpy() for name in ("level0_x", "level0_y"))
+    bags = []
+    for slide_id in slide_ids:
+        rows = slice(*places[slide_id])
+        cells = grid_cells(np.stack([x[rows], y[rows]], axis=1), f"{path}: {slide_id}")
+        bags.append(Bag(slide_id=slide_id, features=store.features[rows], cells=cells))
+    return bags
+
+
+def grid_cells(places: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.int64]:
+    """Column and row of each tile [N, 2], from 0, on the grid of the smallest step between tiles.
+
+    Raises:
+        InputError: a place is missing, or two tiles share a cell.
+    """
+    if not np.isfinite(places).all():
+        raise InputError(f"{where} has tiles without a place; embed them from slides")
+    steps = [np.diff(np.unique(places[:, axis])) for axis in (0, 1)]
+    steps_of = [float(s[s > 0.5].min()) for s in steps if (s > 0.5).any()]
+    step = min(steps_of, default=1.0)
+    cells: npt.NDArray[np.int64] = np.round((places - places.min(axis=0)) / step).astype(np.int64)
+    if len(np.unique(cells, axis=0)) < len(cells):
+        raise InputError(f"{where} has two tiles in one place: is it embedded twice?")
+    return cells
+
+
+def _record(path: Path, store: FeatureStore, before: list[EncoderRecord]) -> EncoderRecord:
+    label = path.resolve().name
+    if any(encoder.label == label for encoder in before):
+        label = f"{path.resolve().parent.name}/{label}"
+    return EncoderRecord(
+        name=make_id(label),
+        label=label,
+        kind="encoder",
+        pooling=str(store.meta.get("pooling", "none")),
+        dim=store.features.shape[1],
+        digest=stamp_of(encoder=store.meta.get("encoder_digest"), store=store.meta.get("stamp")),
+    )
+
+
+def _run(
+    config: BagsConfig, task: SlideTask, bags: list[Bag], name: str, device: torch.device
+) -> tuple[dict[str, Outcome], dict[str, list[npt.NDArray[np.float32]]]]:
+    """Outcomes by protocol, and the attention of heads on test bags."""
+    test, val = task.splits == "test", task.splits == "val"
+    known = ~test
+    outcomes: dict[str, Outcome] = {}
+    if config.pooled:
+        means = np.stack([bag.features.astype(np.float32).mean(axis=0) for bag in bags])
+        labelled = Labelled(
+            features=means[known], labels=task.labels[known], is_val=val[known], device=device
+        )
+        ran = run_protocols(
+            choose(config.pooled), labelled, means[test], len(task.classes), config.seed
+        )
+        outcomes |= {MEAN + protocol: outcome for protocol, outcome, _ in ran}
+
+    def of(split: npt.NDArray[np.bool_]) -> list[Bag]:
+        return [bag for bag, is_in in zip(bags, split, strict=True) if is_in]
+
+    splits = BagSplits(
+        train=of(task.splits == "train"),
+        train_labels=task.labels[task.splits == "train"],
+        val=of(val),
+        val_labels=task.labels[val],
+        test=of(test),
+    )
+    attention = {}
+    for head in config.heads:
+        outcomes[head], attention[head] = run_head(
+            HEADS[head][0], splits, len(task.classes), config.seed, device, f"{head} on {name}"
+        )
+    return outcomes, attention
