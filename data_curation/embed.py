@@ -1,7 +1,8 @@
 """Embedding tile images: tiles in, a feature store out."""
 
 import io
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,16 @@ from eosin.data_curation.codec import MAX_PIXELS, ImageError, decode_image, imag
 from eosin.data_curation.encoder_interface import Encoder
 from eosin.data_curation.features import (
     FeatureStore,
+    as_half,
     features_stamp,
     has_features,
+    join_features,
     open_features,
     rows_done,
     write_features,
 )
-from eosin.launch.artefacts import file_digest
+from eosin.launch.artefacts import file_digest, replacing
+from eosin.launch.process import World
 from eosin.launch.progress import Meter
 
 CHUNK_BATCHES = 8
@@ -133,6 +137,7 @@ def embed_images(
     *,
     batch_size: int,
     threads: int = 4,
+    world: World | None = None,
 ) -> FeatureStore:
     """Features of tile images, kept in `folder` and taken from there when they are up to date.
 
@@ -147,10 +152,12 @@ def embed_images(
         folder: of the feature store.
         batch_size: tiles a forward pass.
         threads: that decode and resize.
+        world: ranks that share the chunks, all of which call this; the bytes are those of one.
 
     Raises:
         InputError: an image cannot be read, or features are not finite; earlier chunks are kept.
     """
+    world = world or World()
     stamp = features_stamp(encoder.digest, data_digest)
     if has_features(folder, stamp):
         return open_features(folder)
@@ -161,9 +168,11 @@ def embed_images(
         "pooling": encoder.pooling,
     }
     done = rows_done(folder, stamp)
+    label = f"embed {encoder.name}" + (" on rank 0" if world.size > 1 else "")
+    total = -(-len(images) // world.size)
     with (
         ThreadPoolExecutor(threads) as pool,
-        Meter(f"embed {encoder.name}", len(images), "tiles", done=done) as meter,
+        Meter(label, total, "tiles", done=min(done, total), shown=world.leads) as meter,
     ):
 
         def prepare(image: TileImage) -> Tensor:
@@ -178,12 +187,43 @@ def embed_images(
                 meter.advance(len(batch))
             return np.concatenate(features)
 
-        return write_features(
+        chunk_rows = CHUNK_BATCHES * batch_size
+        if world.size == 1:
+            return write_features(
+                folder,
+                rows=rows,
+                dim=encoder.dim,
+                stamp=stamp,
+                compute=compute,
+                chunk_rows=chunk_rows,
+                meta=meta,
+            )
+        parts = folder / f".parts-{stamp}"
+        starts = range(0, len(images), chunk_rows)
+        for start in starts[world.rank :: world.size]:
+            _make_part(parts / f"{start}.npy", start, min(start + chunk_rows, len(images)), compute)
+    world.barrier()
+    if world.leads:
+        join_features(
             folder,
             rows=rows,
             dim=encoder.dim,
             stamp=stamp,
-            compute=compute,
-            chunk_rows=CHUNK_BATCHES * batch_size,
+            parts=(np.load(parts / f"{start}.npy") for start in starts),
             meta=meta,
         )
+        shutil.rmtree(parts)
+    world.barrier()
+    return open_features(folder)
+
+
+def _make_part(
+    path: Path, start: int, stop: int, compute: Callable[[int, int], npt.NDArray[np.float32]]
+) -> None:
+    """The features of some rows, unless an earlier call has made them."""
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = as_half(compute(start, stop), start)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, half, allow_pickle=False)

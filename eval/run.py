@@ -36,10 +36,11 @@ from eosin.eval.table_rows import TableRow, load_rows
 from eosin.eval.task_features import STAIN_PREFIX, embed_task, embed_under_conditions, is_cached
 from eosin.eval.tasks import Task, load_task
 from eosin.launch.artefacts import write_json, write_text
-from eosin.launch.process import choose_device
+from eosin.launch.process import choose_device, join_world
 from eosin.launch.progress import Meter, format_seconds
 
 CONFIG_NAME = "config.yaml"
+_WAIT_S = 24 * 3600.0  # for the first, which probes while the others are done
 LIDAR_TILES = 1000
 """Test tiles of which LiDAR is taken, as in its paper."""
 
@@ -62,6 +63,8 @@ class Found:
 def evaluate(config: EvalConfig, *, with_report: bool = True) -> None:
     """Scores everything and writes results, predictions, timings and the report to ``out``.
 
+    Several processes share the embedding; the first does the rest.
+
     Args:
         config: of the evaluation.
         with_report: False where the caller writes a page of its own.
@@ -69,11 +72,22 @@ def evaluate(config: EvalConfig, *, with_report: bool = True) -> None:
     Raises:
         InputError: the encoder or the task cannot be used; what was embedded before is kept.
     """
+    with join_world(choose_device(config.device), timeout_s=_WAIT_S) as world:
+        task, rows = load_task(config.task, config.seed), load_rows(config)
+        if world.size > 1:
+            for row in rows:
+                embed_task(config, task, row, world)
+                embed_under_conditions(config, task, row, world)
+        if world.leads:
+            _score_all(config, task, rows, with_report)
+        world.barrier()
+
+
+def _score_all(config: EvalConfig, task: Task, rows: list[TableRow], with_report: bool) -> None:
+    """Everything but embedding with others, by one process."""
     console, notices = Console(), Console(stderr=True)
-    task = load_task(config.task, config.seed)
     for note in _notes(task):
         notices.print(f"note: {note}", highlight=False, markup=False)
-    rows = load_rows(config)
     draws = draw(
         task.labels[task.splits == "test"],
         task.groups_of("test"),

@@ -23,7 +23,7 @@ from eosin.eval.config import EvalConfig
 from eosin.eval.table_rows import TableRow
 from eosin.eval.tasks import Task
 from eosin.launch.artefacts import stamp_of
-from eosin.launch.process import choose_device
+from eosin.launch.process import World, choose_device
 
 STAIN_PREFIX = "stain "
 """Of the names of stain conditions, which tells them from transforms."""
@@ -39,8 +39,10 @@ def is_cached(config: EvalConfig, task: Task, row: TableRow) -> bool:
     return has_features(cache_of(config, row), features_stamp(row.encoder.digest, task.data_digest))
 
 
-def embed_task(config: EvalConfig, task: Task, row: TableRow) -> npt.NDArray[np.float32]:
-    """Features [N, D] of all tiles."""
+def embed_task(
+    config: EvalConfig, task: Task, row: TableRow, world: World | None = None
+) -> npt.NDArray[np.float32]:
+    """Features [N, D] of all tiles; ranks share what is not in the cache."""
     store = embed_images(
         row.encoder,
         task.images,
@@ -48,12 +50,13 @@ def embed_task(config: EvalConfig, task: Task, row: TableRow) -> npt.NDArray[np.
         task.data_digest,
         cache_of(config, row),
         batch_size=config.batch_size,
+        world=world,
     )
     return store.features.astype(np.float32)
 
 
 def embed_under_conditions(
-    config: EvalConfig, task: Task, row: TableRow
+    config: EvalConfig, task: Task, row: TableRow, world: World | None = None
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Features of the test tiles under each condition; {} for rows that are no network to score."""
     if row.record.kind != "encoder":
@@ -68,6 +71,7 @@ def embed_under_conditions(
             stamp_of(data=task.data_digest, only="test", rows=test),
             cache_of(config, row) / name.replace(" ", "-"),
             batch_size=config.batch_size,
+            world=world,
         )
         features[name] = store.features.astype(np.float32)
     return features

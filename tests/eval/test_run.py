@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ranks import ranks_of
 from sklearn.metrics import balanced_accuracy_score
 
 from eosin.configs.errors import InputError
@@ -233,3 +234,19 @@ def test_on_real_tiles_colour_tells_tumour_above_chance(
     assert results.task.name == "IDC"
     histogram = results.score("colour-histogram", "linear/sklearn-l2@2")
     assert 0.55 < histogram.value < 1 and histogram.low < histogram.value < histogram.high
+
+
+def test_two_processes_give_the_bytes_of_one(config: EvalConfig, tmp_path: Path) -> None:
+    evaluate(config)
+    arguments = ["-m", "eosin.launch.cli", "eval", f"encoder={config.encoder}", "device=cpu"]
+    arguments += [f"task.tiles={config.task.tiles}", "batch_size=2", f"out={tmp_path / 'two'}"]
+    with ranks_of(2, arguments, tmp_path / "log") as two:
+        for rank in two:
+            assert rank.ends() == 0, rank.said()
+    alone = changed(config, out=tmp_path / "alone", batch_size=2)
+    evaluate(alone)
+    found = sorted(p.relative_to(alone.out) for p in (alone.out / "features").rglob("*.npy"))
+    assert len(found) == 4
+    for path in (*found, *map(Path, ARTEFACTS)):
+        assert (tmp_path / "two" / path).read_bytes() == (alone.out / path).read_bytes(), path
+    assert not list((tmp_path / "two").rglob(".parts*"))
