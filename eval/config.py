@@ -38,6 +38,9 @@ class EvalConfig:
     """Folder for results.json, predictions.parquet, report.html and the cached features."""
     extra_encoders: list[str] = field(default_factory=list)
     """More encoders for the same table, named like `encoder`."""
+    sizes_px: list[int] = field(default_factory=list)
+    """The encoder once more at each of these input sizes: the same regions at several resolutions,
+    for regions that hold more pixels than its own size; a row each."""
     normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
     """With a library, the encoder stands in the table a second time, with tiles moved to one
     staining before it sees them."""
@@ -56,6 +59,8 @@ class EvalConfig:
         choose(self.protocols)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        if any(px < 1 for px in self.sizes_px):
+            raise ValueError(f"sizes_px={self.sizes_px} must be at least 1")
         if self.n_bootstrap < 100:
             raise ValueError(f"n_bootstrap={self.n_bootstrap}: a 95 % interval needs at least 100")
         if self.seed < 0:

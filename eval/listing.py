@@ -121,6 +121,17 @@ def read_table(path: Path, required: Sequence[str], also: Sequence[str] = ()) ->
     return table
 
 
+def read_columns(path: Path) -> list[str]:
+    """The names of a CSV or Parquet table's columns.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if path.suffix.lower() == ".parquet":
+        return list(_read_parquet(path, ()).column_names)
+    return list(read_text_table(path, ()).column_names)
+
+
 def _read_parquet(path: Path, required: Sequence[str]) -> pa.Table:
     try:
         refuse_repeated(pq.read_schema(path).names, path)

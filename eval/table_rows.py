@@ -37,6 +37,9 @@ def load_rows(config: EvalConfig) -> list[TableRow]:
     if main.has_twin:
         twin = main.random_twin(config.seed)
         rows.append(_row(twin, "random", f"{main.name}, random weights"))
+    for px in config.sizes_px:
+        sized = load_encoder(config.encoder, device, input_px=px)
+        rows.append(_row(sized, "encoder", f"{sized.name} ({sized.pooling}), {px} px", f"-{px}px"))
     if config.normalise.library is not None:
         moved = load_normalised(config.encoder, device, config.normalise)
         label = f"{main.name} ({main.pooling}), {config.normalise.method} to "
@@ -54,10 +57,10 @@ def load_rows(config: EvalConfig) -> list[TableRow]:
     return rows
 
 
-def _row(encoder: Encoder, kind: str, label: str) -> TableRow:
-    name = make_id(encoder.name if kind == "floor" else f"{encoder.name}-{encoder.pooling}")
+def _row(encoder: Encoder, kind: str, label: str, also: str = "") -> TableRow:
+    name = encoder.name if kind == "floor" else f"{encoder.name}-{encoder.pooling}{also}"
     record = EncoderRecord(
-        name=name,
+        name=make_id(name),
         label=label,
         kind=kind,
         pooling=encoder.pooling,

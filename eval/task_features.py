@@ -4,13 +4,14 @@ One store an encoder and condition lies in ``features/`` of the evaluation's fol
 encoder's digest (weights, preprocessing, pooling, condition) and the tiles' bytes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from eosin.data_curation.embed import embed_images
+from eosin.data_curation.embed import TileImage, embed_images
 from eosin.data_curation.encoder import NetworkEncoder
 from eosin.data_curation.encoder_interface import Encoder
 from eosin.data_curation.features import features_stamp, has_features
@@ -52,6 +53,21 @@ def embed_task(
         batch_size=config.batch_size,
         world=world,
     )
+    return store.features.astype(np.float32)
+
+
+def embed_files(
+    encoder: Encoder,
+    images: Sequence[TileImage],
+    tile_ids: list[str],
+    groups: list[str],
+    data_digest: str,
+    folder: Path,
+    batch_size: int,
+) -> npt.NDArray[np.float32]:
+    """Features [N, D] of tiles of any task, cached in `folder`."""
+    rows = _feature_rows(tile_ids, groups)
+    store = embed_images(encoder, images, rows, data_digest, folder, batch_size=batch_size)
     return store.features.astype(np.float32)
 
 

@@ -182,6 +182,14 @@ VERBS: dict[str, Verb] = {
         "features of slides to verdicts on slides: mean pooling, AB-MIL, TransMIL, with attention",
         "eosin eval bags 'features=[curated/features]' labels=slides.csv out=runs/first/bags",
     ),
+    "eval regression": Verb(
+        "eosin.eval.regression",
+        "RegressionConfig",
+        "evaluate_regression",
+        "numbers of tiles (expression of genes) by ridge, with and without PCA, floors beside it",
+        "eosin eval regression encoder=runs/first/encoder tiles=/data/genes.csv "
+        "'targets=[gene_*]' out=runs/first/genes",
+    ),
     "eval compare": Verb(
         "eosin.eval.compare",
         "CompareConfig",

@@ -250,3 +250,16 @@ def test_two_processes_give_the_bytes_of_one(config: EvalConfig, tmp_path: Path)
     for path in (*found, *map(Path, ARTEFACTS)):
         assert (tmp_path / "two" / path).read_bytes() == (alone.out / path).read_bytes(), path
     assert not list((tmp_path / "two").rglob(".parts*"))
+
+
+def test_the_same_regions_are_scored_at_several_resolutions(
+    config: EvalConfig, tmp_path: Path, write_encoder_folder: Writer
+) -> None:
+    dynamic = write_encoder_folder(tmp_path / "dynamic", dynamic_img_size=True)
+    wanted = changed(config, encoder=str(dynamic), sizes_px=[48, 64], protocols=["knn/uni20@1"])
+    evaluate(wanted)
+    results = load_results(config.out / "results.json")
+    names = [e.name for e in results.encoders if e.kind == "encoder"]
+    assert names == ["dynamic-cls", "dynamic-cls-48px", "dynamic-cls-64px"]
+    assert len({e.digest for e in results.encoders}) == len(results.encoders)
+    assert [e.label for e in results.encoders][2] == "dynamic (cls), 48 px"
