@@ -183,7 +183,9 @@ def evaluate_bags(config: BagsConfig) -> None:
     )  # fmt: skip
     write_table(predictions, config.out / "predictions.parquet", PREDICTIONS)
     save_results(results, config.out / "results.json")
-    console.print(scores_table(results), differences_table(results), sep="\n")
+    console.print(scores_table(results))
+    if results.differences:
+        console.print(differences_table(results))
     sections = [
         Section(
             title="Attention",
