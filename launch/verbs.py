@@ -190,6 +190,13 @@ VERBS: dict[str, Verb] = {
         "eosin eval regression encoder=runs/first/encoder tiles=/data/genes.csv "
         "'targets=[gene_*]' out=runs/first/genes",
     ),
+    "eval aligned": Verb(
+        "eosin.eval.aligned",
+        "AlignedConfig",
+        "evaluate_aligned",
+        "the same places under several scanners and stainings: cosine and top-k, as PLISM has them",
+        "eosin eval aligned encoder=runs/first/encoder tiles=/data/plism.csv out=runs/first/plism",
+    ),
     "eval compare": Verb(
         "eosin.eval.compare",
         "CompareConfig",
