@@ -227,6 +227,8 @@ def _insights(results: Results) -> Iterator[Section]:
             )
             if c.croma is not None:
                 line += f", CRoMa {c.croma:+.3f} (lowest tenth {c.croma_tail:+.3f})"
+        if insight.shortcut is not None:
+            line += f"; average performance drop {insight.shortcut.apd:+.3f}"
         lines.append(line + ".")
     if lines:
         yield Section(title="Without labels", text="\n\n".join(lines))

@@ -12,6 +12,7 @@ from eosin.eval.confounding import Confounding
 from eosin.eval.label_free import LabelFree
 from eosin.eval.leakage import Leakage
 from eosin.eval.metrics import LOWER_IS_BETTER
+from eosin.eval.shortcut import Shortcut
 from eosin.launch.artefacts import SCHEMA_VERSION, read_json, write_json
 
 
@@ -126,6 +127,8 @@ class Insight:
     """Of groups; None where no group has two tiles."""
     confounding: Confounding | None = None
     """None where the task names no confounder."""
+    shortcut: Shortcut | None = None
+    """None there, too, or where no two classes come from two origins often enough."""
     cosines: dict[str, float] = field(default_factory=dict)
     """Condition → mean cosine of a test tile's features before and after."""
     lidar: float | None = None
@@ -211,6 +214,7 @@ def _insight(value: dict[str, Any]) -> Insight:
         label_free=LabelFree(**value["label_free"]),
         leakage=None if value["leakage"] is None else Leakage(**value["leakage"]),
         confounding=None if value["confounding"] is None else Confounding(**value["confounding"]),
+        shortcut=None if value["shortcut"] is None else Shortcut(**value["shortcut"]),
         cosines=value["cosines"],
         lidar=value["lidar"],
     )

@@ -32,6 +32,7 @@ from eosin.eval.results import (
 )
 from eosin.eval.scoring import Draws, compare, draw, score
 from eosin.eval.sensitivity import PLAIN, mean_cosine, score_conditions, split_outcome
+from eosin.eval.shortcut import shortcut
 from eosin.eval.table_rows import TableRow, load_rows
 from eosin.eval.task_features import STAIN_PREFIX, embed_task, embed_under_conditions, is_cached
 from eosin.eval.tasks import Task, load_task
@@ -209,6 +210,9 @@ def _examine(config: EvalConfig, task: Task, row: TableRow, draws: Draws) -> Fou
             seed=config.seed,
             device=device,
         ),
+        shortcut=None
+        if task.origins is None
+        else shortcut(features, task.labels, task.origins, test, config.seed, device),
         lidar=_lidar(features[test], changed),
         cosines={c: mean_cosine(features[test], x) for c, x in changed.items()},
     )
