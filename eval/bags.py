@@ -109,6 +109,7 @@ class SlideTask:
                 groups=self.groups,
                 splits=self.splits.tolist(),
             ),
+            unit="slides",
         )
 
 

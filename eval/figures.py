@@ -113,7 +113,7 @@ def confusion(
         labels = [f"{name} ({n})" for name, n in zip(names, tiles, strict=True)]
         axes.set_yticks(range(len(names)), labels)
         axes.tick_params(length=0, labelcolor=INK)
-        axes.set(xlabel="predicted", ylabel="true class (test tiles)")
+        axes.set(xlabel="predicted", ylabel=f"true class (test {results.task.unit})")
         axes.spines[:].set_visible(False)
         if len(classes) <= MAX_NUMBERED_CLASSES:
             for (row, column), share in np.ndenumerate(shares):

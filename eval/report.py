@@ -167,7 +167,7 @@ def _confusions(
         if confusion_counts(predictions, len(results.task.classes), name, verdict.protocol).any():
             path = folder / f"{stem}.png"
             confusion(predictions, results, name, verdict.protocol, path)
-            caption = f"{labels[name]}: per cent of each class's test tiles."
+            caption = f"{labels[name]}: per cent of each class's test {results.task.unit}."
             pictures.append(_embed(Picture(path=path, caption=caption)))
     return pictures
 

@@ -31,6 +31,8 @@ class TaskRecord:
     """XXH3-128 of the table of labels and the bytes of the tiles."""
     dataset: str = ""
     """Of `datasets`, where it is a public one in its owner's layout."""
+    unit: str = "tiles"
+    """What `tiles` counts: ``tiles`` or ``slides``."""
 
 
 @dataclass(frozen=True, kw_only=True)
