@@ -105,8 +105,8 @@ def _lead(results: Results, encoder: EncoderRecord, protocol: str) -> str:
     score = find_score(results, encoder.name, protocol)
     reached = f"{show_score(score).value} {show_score(score).interval}" if score else "no"
     return (
-        f"On {task.tiles.get('test', 0):,} test {task.unit} of {task.groups.get('test', 0):,} groups in "
-        f"{len(task.classes)} classes, {encoder.label} reaches "
+        f"On {task.tiles.get('test', 0):,} test {task.unit} of {task.groups.get('test', 0):,} "
+        f"groups in {len(task.classes)} classes, {encoder.label} reaches "
         f"{reached} {protocol_in_words(protocol)[0]} "
         f"balanced accuracy; chance is {1 / len(task.classes):.3f}."
     )
