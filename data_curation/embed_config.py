@@ -34,7 +34,7 @@ class EmbedOptions:
     encoder: str = ""
     """A folder of ours or timm's, a run folder, ``timm:NAME``, ``timm:hf-hub:ORG/NAME``,
     ``published:NAME`` (uni, uni2-h, virchow, virchow2, h-optimus-0, h-optimus-1, h0-mini,
-    prov-gigapath), ``published:NAME:FOLDER`` of a download, or
+    prov-gigapath, midnight-12k, phikon-v2), ``published:NAME:FOLDER`` of a download, or
     ``builtin:stain-texture``, which needs no weights; ``@cls``, ``@mean``, ``@clsmean`` or
     ``@native`` behind it chooses the pooling."""
     batch_size: int = 64

@@ -28,6 +28,7 @@ from eosin.data_curation.tile_print import DIM as PRINT_DIM
 from eosin.data_curation.tile_print import VERSION as PRINT_VERSION
 from eosin.data_curation.tile_print import tile_print
 from eosin.data_curation.torchvision_import import import_timm
+from eosin.data_curation.transformers_encoder import PUBLISHED_DINO, load_transformers
 from eosin.launch.artefacts import stamp_of
 
 POOLINGS = ("cls", "mean", "clsmean", "native")
@@ -200,8 +201,8 @@ def load_encoder(
         spec: a folder with ``config.json`` and ``model.safetensors`` as timm writes them, or a run
             folder with such an ``encoder/`` in it; ``timm:NAME`` with pretrained weights (NAME may
             be ``hf-hub:ORG/MODEL``); ``published:NAME`` or ``published:NAME:FOLDER``, see
-            `published_encoders`; ``python:MODULE:FUNCTION``, see `python_encoder`;
-            ``builtin:stain-texture``, ``builtin:mean-colour``,
+            `published_encoders` and `transformers_encoder`; ``python:MODULE:FUNCTION``, see
+            `python_encoder`; ``builtin:stain-texture``, ``builtin:mean-colour``,
             ``builtin:colour-histogram`` or ``builtin:tile-print``. A suffix ``@cls``, ``@mean``,
             ``@clsmean`` or ``@native`` chooses the pooling.
         device: where the network runs.
@@ -226,6 +227,8 @@ def load_encoder(
         return load_python(name, device)
     if kind == "published":
         name, _, where = name.partition(":")
+        if name in PUBLISHED_DINO:
+            return load_transformers(name, Path(where) if where else None, pooling, device)
         model, known = load_published(name, Path(where) if where else None)
         source = f"local-dir:{where}" if where else f"hf-hub:{known.hub}"
         pooling = pooling or known.pooling

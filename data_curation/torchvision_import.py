@@ -19,10 +19,15 @@ _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 def import_timm() -> Any:
     """The timm module. Takes seconds the first time: call it where it is used."""
+    return import_beside_torchvision("timm")
+
+
+def import_beside_torchvision(name: str) -> Any:
+    """A module that imports torchvision."""
     if "torchvision" not in sys.modules and _operators_cannot_load():
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", _SCHEMA)
-    return import_module("timm")
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", _SCHEMA)
+    return import_module(name)
 
 
 def _operators_cannot_load() -> bool:
