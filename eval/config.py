@@ -38,6 +38,9 @@ class EvalConfig:
     """Folder for results.json, predictions.parquet, report.html and the cached features."""
     extra_encoders: list[str] = field(default_factory=list)
     """More encoders for the same table, named like `encoder`."""
+    checkpoints: Path | None = None
+    """A run folder whose exports (``exports/step_*``, as probe.where=job keeps them) stand in the
+    table as well, and are drawn over training."""
     sizes_px: list[int] = field(default_factory=list)
     """The encoder once more at each of these input sizes: the same regions at several resolutions,
     for regions that hold more pixels than its own size; a row each."""

@@ -1,6 +1,7 @@
 """The parts of an evaluation's report beside the scores, as far as there is something to show."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def report_sections(
     """
     main = results.encoders[0].label
     return [
+        *_training(results, folder),
         *_curves(results, folder),
         *_confused(task, outcomes, main, folder),
         *_reliability(task, outcomes, main, folder),
@@ -58,6 +60,26 @@ def report_sections(
         *_insights(results),
         *_published(results),
     ]
+
+
+def _training(results: Results, folder: Path) -> Iterator[Section]:
+    steps = sorted((e.step, e) for e in results.encoders if e.step is not None)
+    pictures = []
+    for index, protocol in enumerate(headline_protocols(results) if len(steps) > 1 else []):
+        found = [(float(step), find_score(results, e.name, protocol)) for step, e in steps]
+        points = [(step, score) for step, score in found if score is not None]
+        run = replace(steps[0][1], label=steps[0][1].label.rpartition(", step")[0])
+        path = folder / f"training_{index + 1}.png"
+        curve = Curve(run, [step for step, _ in points], [score for _, score in points])
+        score_curves([curve], "step", 1 / len(results.task.classes), path)
+        pictures.append(Picture(path=path, caption=protocol))
+    if pictures:
+        yield Section(
+            title="Over training",
+            text="Checkpoints of the run on the same test tiles. Take none for the best because of "
+            "its place here: what is chosen on test tiles can no longer be scored on them.",
+            pictures=tuple(pictures),
+        )
 
 
 def _curves(results: Results, folder: Path) -> Iterator[Section]:

@@ -49,6 +49,8 @@ class EncoderRecord:
     dim: int
     digest: str
     """XXH3-128 of weights, preprocessing and pooling."""
+    step: int | None = None
+    """Of training, where it is one of several checkpoints of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)

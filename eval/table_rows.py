@@ -1,6 +1,9 @@
 """The rows of an evaluation's table: the encoder, its twin, floors, and what else was asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
 
 from eosin.configs.errors import InputError
 from eosin.data_curation.encoder import DescriptorEncoder, load_encoder
@@ -50,10 +53,31 @@ def load_rows(config: EvalConfig) -> list[TableRow]:
     for spec in config.extra_encoders:
         extra = load_encoder(spec, device)
         rows.append(_row(extra, "encoder", f"{extra.name} ({extra.pooling})"))
+    if config.checkpoints is not None:
+        rows += _checkpoints(config.checkpoints, main.pooling, device)
     names = [row.record.name for row in rows]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"two encoders are called '{twice[0]}'; rename the folder of one")
+    return rows
+
+
+def _checkpoints(run: Path, pooling: str, device: torch.device) -> list[TableRow]:
+    """A row an export of a run, by step, pooled as the main encoder."""
+    folders = sorted(path.parent for path in run.glob("exports/step_*/model.safetensors"))
+    if not folders:
+        raise InputError(
+            f"checkpoints={run} holds no exports/step_*; 'eosin export step=… out=…' makes them, "
+            "or a training with probe.where=job"
+        )
+    rows = []
+    for folder in folders:
+        encoder = load_encoder(str(folder), device, pooling=pooling)
+        step = int(folder.name.removeprefix("step_"))
+        row = _row(encoder, "encoder", f"{run.resolve().name}, step {step:,}")
+        name = make_id(f"{run.resolve().name}-{folder.name}-{encoder.pooling}")
+        record = replace(row.record, name=name, step=step)
+        rows.append(TableRow(encoder=encoder, record=record))
     return rows
 
 

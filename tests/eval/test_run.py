@@ -263,3 +263,19 @@ def test_the_same_regions_are_scored_at_several_resolutions(
     assert names == ["dynamic-cls", "dynamic-cls-48px", "dynamic-cls-64px"]
     assert len({e.digest for e in results.encoders}) == len(results.encoders)
     assert [e.label for e in results.encoders][2] == "dynamic (cls), 48 px"
+
+
+def test_checkpoints_of_a_run_stand_in_the_table_and_are_drawn_over_training(
+    config: EvalConfig, tmp_path: Path, write_encoder_folder: Writer
+) -> None:
+    for step in (100, 200):
+        write_encoder_folder(tmp_path / "run" / "exports" / f"step_{step:06d}", depth=step // 100)
+    wanted = changed(config, checkpoints=tmp_path / "run", protocols=["knn/uni20@1"])
+    evaluate(wanted)
+    results = load_results(config.out / "results.json")
+    assert [(e.label, e.step) for e in results.encoders if e.step is not None] == [
+        ("run, step 100", 100), ("run, step 200", 200)
+    ]  # fmt: skip
+    assert "Over training" in (config.out / "report.html").read_text()
+    with pytest.raises(InputError, match=r"holds no exports/step_"):
+        evaluate(changed(config, checkpoints=tmp_path))
