@@ -4,8 +4,8 @@ import csv
 import io
 from collections.abc import Sequence
 
-from eosin.eval.results import Results
-from eosin.eval.tables import MAIN_METRIC
+from eosin.eval.results import Results, Score
+from eosin.eval.tables import MAIN_METRIC, MOST_COLUMNS
 
 COLUMNS = (
     "task", "encoder", "kind", "pooling", "protocol", "metric", "value", "low", "high", "spread",
@@ -46,16 +46,26 @@ def scores_csv(results: Results) -> str:
 
 
 def scores_latex(results: Results) -> str:
-    """Encoders by protocols: balanced accuracy in per cent with its 95 % interval."""
+    """Balanced accuracy in per cent with its 95 % interval: encoders by protocols.
+
+    With many protocols these stand in the rows, as no page is so wide.
+    """
     protocols = list(dict.fromkeys(s.protocol for s in results.scores))
-    rows = []
-    for encoder in results.encoders:
-        cells = [escaped(encoder.label)]
-        for protocol in protocols:
-            s = results.score(encoder.name, protocol, MAIN_METRIC)
-            cells.append(f"{100 * s.value:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]")
-        rows.append(cells)
-    return latex_table(["encoder", *map(escaped, protocols)], rows)
+    labels = [escaped(encoder.label) for encoder in results.encoders]
+    names = list(map(escaped, protocols))
+    cells = [
+        [_in_per_cent(results.score(encoder.name, p, MAIN_METRIC)) for p in protocols]
+        for encoder in results.encoders
+    ]
+    if len(protocols) <= MOST_COLUMNS:
+        rows = [[label, *row] for label, row in zip(labels, cells, strict=True)]
+        return latex_table(["encoder", *names], rows)
+    rows = [[name, *column] for name, *column in zip(names, *cells, strict=True)]
+    return latex_table(["protocol", *labels], rows)
+
+
+def _in_per_cent(s: Score) -> str:
+    return f"{100 * s.value:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]"
 
 
 def latex_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

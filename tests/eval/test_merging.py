@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from eosin.eval.config import EvalConfig
 from eosin.eval.datasets import DATASETS
-from eosin.eval.export_tables import escaped, scores_csv
+from eosin.eval.export_tables import escaped, scores_csv, scores_latex
 from eosin.eval.leaderboard import LeaderboardConfig, make_leaderboard
 from eosin.eval.published_scores import PUBLISHED_SCORES
 from eosin.eval.reproduce import differing_numbers
@@ -73,6 +74,10 @@ def test_scores_stand_in_csv_and_latex(evaluated: Callable[[str, str], Path]) ->
     value = 100 * results.score("one-cls", "knn/uni20@1").value
     assert "one (cls) & " in latex and f"{value:.1f} [" in latex
     assert escaped("a_b & 5 %") == r"a\_b \& 5 \%"
+    scores = [replace(s, protocol=f"{s.protocol}{i}") for i in range(4) for s in results.scores]
+    tall = scores_latex(replace(results, scores=scores))  # eight protocols: in the rows
+    assert r"\begin{tabular}{lrrrr}" in tall and tall.count(r"\\") == 9
+    assert r"protocol & one (cls) &" in tall
 
 
 def test_a_leaderboard_merges_encoders_and_tasks(

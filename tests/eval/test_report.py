@@ -188,7 +188,7 @@ def test_the_best_of_each_column_and_only_it_is_bold(tmp_path: Path) -> None:
 
 
 def test_few_test_groups_are_warned_about(tmp_path: Path) -> None:
-    assert "come out too narrow" not in write(tmp_path, made_results(20)).words
+    assert "covers somewhat less than it says" not in write(tmp_path, made_results(20)).words
     assert "The test split has 11 groups." in write(tmp_path, made_results(11)).words
 
 
