@@ -198,7 +198,7 @@ def embed_images(
                 chunk_rows=chunk_rows,
                 meta=meta,
             )
-        parts = folder / f".parts-{stamp}"
+        parts = folder / f".parts-{stamp}-{chunk_rows}"
         starts = range(0, len(images), chunk_rows)
         for start in starts[world.rank :: world.size]:
             _make_part(parts / f"{start}.npy", start, min(start + chunk_rows, len(images)), compute)
@@ -212,7 +212,8 @@ def embed_images(
             parts=(np.load(parts / f"{start}.npy") for start in starts),
             meta=meta,
         )
-        shutil.rmtree(parts)
+        for left_over in folder.glob(".parts-*"):
+            shutil.rmtree(left_over)
     world.barrier()
     return open_features(folder)
 
