@@ -23,14 +23,14 @@ from eosin.eval.console import differences_table, scores_table
 from eosin.eval.heads.abmil import GatedAttention
 from eosin.eval.heads.training import Bag, BagSplits, MakeHead, run_head
 from eosin.eval.heads.transmil import TransMil
-from eosin.eval.intervals import FEW_GROUPS
+from eosin.eval.intervals import few_groups_note
 from eosin.eval.listing import read_table, refuse_duplicates
 from eosin.eval.predictions import predictions_of
 from eosin.eval.probe import Labelled, Outcome
 from eosin.eval.protocols import DESCRIPTIONS, choose, run_protocols
 from eosin.eval.report import Picture, Section, write_report
 from eosin.eval.results import EncoderRecord, Results, TaskRecord, save_results
-from eosin.eval.scoring import compare, draw, score
+from eosin.eval.scoring import draw, score_rows
 from eosin.eval.splits import SPLITS, carve_splits
 from eosin.launch.artefacts import stamp_of
 from eosin.launch.device_names import DeviceName
@@ -124,12 +124,7 @@ def evaluate_bags(config: BagsConfig) -> None:
     task = load_slides(config.labels, config.seed)
     name = config.name or config.labels.stem
     record = task.record(name)
-    notes = list(task.notes)
-    if record.groups["test"] < FEW_GROUPS:
-        notes.append(
-            f"test has {record.groups['test']} groups, fewer than {FEW_GROUPS}: take the intervals "
-            "with caution"
-        )
+    notes = [*task.notes, *few_groups_note(record.groups["test"])]
     for note in notes:
         notices.print(f"note: {note}", highlight=False, markup=False)
     test = task.splits == "test"
@@ -151,27 +146,15 @@ def evaluate_bags(config: BagsConfig) -> None:
                 chosen, weights, config.out, f"{encoder.name}-{make_id(head)}",
                 config.attention_slides, f"{encoder.label}, {head}",
             )  # fmt: skip
-    scored = {
-        (e.name, protocol): score(e.name, protocol, outcome, draws)
-        for e in encoders
-        for protocol, outcome in outcomes[e.name].items()
-    }
-    protocols = list(outcomes[encoders[0].name])
+    scores, differences = score_rows(outcomes, draws)
     results = Results(
         task=record,
         encoders=encoders,
-        scores=[s.score for entries in scored.values() for s in entries],
-        differences=[
-            compare(ours, theirs)
-            for other in encoders[1:]
-            for protocol in protocols
-            for ours, theirs in zip(
-                scored[encoders[0].name, protocol], scored[other.name, protocol], strict=True
-            )
-        ],
+        scores=scores,
+        differences=differences,
         bootstrap_draws=config.n_bootstrap,
         seed=config.seed,
-        protocols={protocol: _describe(protocol) for protocol in protocols},
+        protocols={protocol: _describe(protocol) for protocol in outcomes[encoders[0].name]},
     )
     rows = np.flatnonzero(test).tolist()
     predictions = pa.concat_tables(

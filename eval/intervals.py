@@ -25,6 +25,13 @@ Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 
+def few_groups_note(n_groups: int) -> list[str]:
+    """What to say of so many groups in the test split; nothing where they are enough."""
+    if n_groups >= FEW_GROUPS:
+        return []
+    return [f"test has {n_groups} groups, fewer than {FEW_GROUPS}: take the intervals with caution"]
+
+
 def index_groups(groups: Sequence[str]) -> tuple[Indices, int]:
     """The index of each tile's group among the sorted names, and how many there are."""
     names, index = np.unique(np.asarray(groups), return_inverse=True)

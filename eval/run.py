@@ -14,7 +14,7 @@ from eosin.eval.confounding import confounding
 from eosin.eval.console import differences_table, insight_lines, scores_table
 from eosin.eval.discrimination import is_discriminative
 from eosin.eval.export_tables import scores_csv, scores_latex
-from eosin.eval.intervals import FEW_GROUPS
+from eosin.eval.intervals import few_groups_note
 from eosin.eval.label_free import label_free, lidar
 from eosin.eval.leakage import leakage
 from eosin.eval.predictions import predictions_table
@@ -30,7 +30,7 @@ from eosin.eval.results import (
     Results,
     save_results,
 )
-from eosin.eval.scoring import Draws, compare, draw, score
+from eosin.eval.scoring import Draws, draw, score_rows
 from eosin.eval.sensitivity import PLAIN, mean_cosine, score_conditions, split_outcome
 from eosin.eval.shortcut import shortcut
 from eosin.eval.table_rows import TableRow, load_rows
@@ -161,13 +161,7 @@ def plan(config: EvalConfig) -> str:
 
 
 def _notes(task: Task) -> list[str]:
-    notes = list(task.notes)
-    n_groups = task.record().groups["test"]
-    if n_groups < FEW_GROUPS:
-        notes.append(
-            f"test has {n_groups} groups, fewer than {FEW_GROUPS}: take the intervals with caution"
-        )
-    return notes
+    return [*task.notes, *few_groups_note(task.record().groups["test"])]
 
 
 def _examine(config: EvalConfig, task: Task, row: TableRow, draws: Draws) -> Found:
@@ -246,30 +240,15 @@ def _results(
     found: dict[str, Found],
     draws: Draws,
 ) -> Results:
-    protocols = list(found[records[0].name].outcomes)
-    scored = {
-        (record.name, protocol): score(
-            record.name, protocol, found[record.name].outcomes[protocol], draws
-        )
-        for record in records
-        for protocol in protocols
-    }
-    main, *others = records
+    scores, differences = score_rows({name: f.outcomes for name, f in found.items()}, draws)
     return Results(
         task=task.record(),
         encoders=records,
-        scores=[entry.score for entries in scored.values() for entry in entries],
-        differences=[
-            compare(ours, theirs)
-            for other in others
-            for protocol in protocols
-            for ours, theirs in zip(
-                scored[main.name, protocol], scored[other.name, protocol], strict=True
-            )
-        ],
+        scores=scores,
+        differences=differences,
         bootstrap_draws=config.n_bootstrap,
         seed=config.seed,
-        protocols={name: DESCRIPTIONS[name] for name in protocols},
+        protocols={name: DESCRIPTIONS[name] for name in found[records[0].name].outcomes},
         insights={name: f.insight for name, f in found.items()},
         conditions=[c for f in found.values() for c in f.conditions],
         ranges=[r for f in found.values() for r in f.ranges],

@@ -81,6 +81,30 @@ def score(encoder: str, protocol: str, outcome: Outcome, draws: Draws) -> list[S
     return scored
 
 
+def score_rows(
+    outcomes: dict[str, dict[str, Outcome]], draws: Draws
+) -> tuple[list[Score], list[Difference]]:
+    """All scores of a table, and what its first row has more than each other one.
+
+    Args:
+        outcomes: by row, the first first, and protocol; all rows have the same protocols.
+        draws: of the tiles that all of them are of.
+    """
+    scored = {
+        (row, protocol): score(row, protocol, outcome, draws)
+        for row, by_protocol in outcomes.items()
+        for protocol, outcome in by_protocol.items()
+    }
+    main, *others = outcomes
+    differences = [
+        compare(ours, theirs)
+        for other in others
+        for protocol in outcomes[main]
+        for ours, theirs in zip(scored[main, protocol], scored[other, protocol], strict=True)
+    ]
+    return [entry.score for entries in scored.values() for entry in entries], differences
+
+
 def compare(ours: Scored, theirs: Scored) -> Difference:
     """Ours minus theirs, of the same protocol and metric, on the same draws."""
     low, high = interval(ours.resamples - theirs.resamples, ours.tail)

@@ -87,12 +87,12 @@ class _Fitted:
     def __init__(
         self, head: nn.Module, mean: Tensor, deviation: Tensor, device: torch.device
     ) -> None:
-        self.head, self._device = head, device
+        self.head, self.device = head, device
         self._mean, self._deviation = mean.to(device), deviation.to(device)
 
     def __call__(self, bag: Bag) -> tuple[Tensor, Tensor]:
-        features = torch.from_numpy(bag.features.astype(np.float32)).to(self._device)
-        cells = torch.from_numpy(bag.cells).to(self._device)
+        features = torch.from_numpy(bag.features.astype(np.float32)).to(self.device)
+        cells = torch.from_numpy(bag.cells).to(self.device)
         found: tuple[Tensor, Tensor] = self.head((features - self._mean) / self._deviation, cells)
         return found
 
@@ -122,7 +122,7 @@ def _fit(
     head = fitted.head
     counts = np.bincount(splits.train_labels, minlength=n_classes)
     balance = torch.from_numpy(len(splits.train_labels) / (n_classes * np.maximum(counts, 1)))
-    balance = balance.float().to(fitted._device)
+    balance = balance.float().to(fitted.device)
     optimiser = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
     best: tuple[float, float] = (-1.0, 0.0)
     best_epoch, kept = 0, copy.deepcopy(head.state_dict())
