@@ -16,6 +16,7 @@ from pathlib import Path
 from eosin.configs.errors import InputError
 from eosin.data_curation.embed import FileTile
 from eosin.data_curation.images import read_text_table
+from eosin.eval.archives import check_archives
 from eosin.eval.hdf5_tiles import Hdf5Tile, count_tiles, read_column
 from eosin.eval.listing import Listing, images_below, refuse_missing
 
@@ -37,11 +38,11 @@ def list_dataset(name: str, folder: Path) -> Listing:
     """The tiles of a public dataset.
 
     Raises:
-        InputError: the folder is not laid out as its owner publishes it.
+        InputError: the folder is not laid out as its owner publishes it, or holds other bytes.
     """
     dataset = DATASETS[name]
     listing = _with_groups(dataset.read(folder), folder)
-    notes = [f"{name}: {dataset.about}"]
+    notes = [f"{name}: {dataset.about}", *check_archives(name, folder)]
     splits = listing.splits or ["all"] * len(listing.tile_ids)
     found = {split: splits.count(split) for split in dataset.tiles}
     if found != dataset.tiles:

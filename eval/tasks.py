@@ -39,6 +39,10 @@ class TaskConfig:
     """The table's column that says where a tile is from (scanner, centre, staining): with it,
     robustness against that is measured."""
 
+    digest: str = ""
+    """The task's digest in the results.json of an earlier run: other tiles, labels, groups or
+    splits are refused."""
+
     def __post_init__(self) -> None:
         if self.dataset and self.dataset not in DATASETS:
             raise ValueError(f"dataset={self.dataset}: there are {', '.join(DATASETS)}")
@@ -119,6 +123,18 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     with ThreadPoolExecutor(8) as pool:
         checksums = list(pool.map(lambda image: image.checksum(), images))
     notes += _note_identical_tiles(tile_ids, checksums, splits)
+    digest = stamp_of(
+        tiles=tile_ids,
+        checksums=checksums,
+        labels=names,
+        groups=groups,
+        splits=splits.tolist(),
+    )
+    if config.digest not in ("", digest):
+        raise InputError(
+            f"{source} is another task than task.digest={config.digest}: tiles, labels, groups or "
+            f"splits differ, or the seed of carved splits; its digest is {digest}"
+        )
     return Task(
         name=config.name or config.dataset or _name_of(source.resolve()),
         classes=classes,
@@ -129,13 +145,7 @@ def load_task(config: TaskConfig, seed: int) -> Task:
         splits=splits,
         origins=None if listing.origins is None else [listing.origins[i] for i in order],
         data_digest=stamp_of(tiles=tile_ids, groups=groups, checksums=checksums),
-        digest=stamp_of(
-            tiles=tile_ids,
-            checksums=checksums,
-            labels=names,
-            groups=groups,
-            splits=splits.tolist(),
-        ),
+        digest=digest,
         notes=tuple(notes),
         dataset=config.dataset,
     )

@@ -1,8 +1,11 @@
 """Public datasets on tiny imitations of their owners' layouts; tars and HDF5 as tasks."""
 
+import gzip
+import hashlib
 import io
 import json
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import webdataset
 from PIL import Image
 
 from eosin.configs.errors import InputError
+from eosin.eval.archives import ARCHIVES, check_archives
 from eosin.eval.datasets import DATASETS, list_dataset
 from eosin.eval.listing import Listing
 from eosin.eval.tasks import Task, TaskConfig, load_task
@@ -209,6 +213,64 @@ def test_another_folder_is_refused_in_one_line(name: str, tmp_path: Path) -> Non
     with pytest.raises(InputError) as caught:
         list_dataset(name, tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def zip_of(folder: Path, archive: str, *names: str) -> str:
+    """Packs files of a folder into it, as an owner publishes them; the MD5 of that."""
+    with zipfile.ZipFile(folder / archive, "w") as file:
+        for name in names:
+            file.write(folder / name, name)
+    return hashlib.md5((folder / archive).read_bytes()).hexdigest()
+
+
+def test_archives_are_held_against_what_is_published_and_tiles_against_archives(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = "NCT-CRC-HE-100K/ADI/ADI-A.tif"
+    write(tile, "CRC-VAL-HE-7K/ADI/ADI-B.tif")
+    assert any("none of its archives is here" in n for n in list_dataset("crc-100k", tmp_path).notes)
+    md5 = zip_of(tmp_path, "NCT-CRC-HE-100K.zip", tile)
+    with pytest.raises(InputError, match=rf"has the MD5 {md5}, and 6fd702d1"):
+        list_dataset("crc-100k", tmp_path)
+    published = {**ARCHIVES["crc-100k"], "NCT-CRC-HE-100K.zip": md5}
+    monkeypatch.setitem(ARCHIVES, "crc-100k", published)
+    notes = "\n".join(list_dataset("crc-100k", tmp_path).notes)
+    assert "NCT-CRC-HE-100K.zip has its published MD5, and 1 files are as in it" in notes
+    assert "no archive is here to check the rest: CRC-VAL-HE-7K.zip" in notes
+    data = bytearray((tmp_path / tile).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / tile).write_bytes(data)
+    with pytest.raises(InputError, match=r"ADI-A\.tif is not as in NCT-CRC-HE-100K\.zip"):
+        list_dataset("crc-100k", tmp_path)
+    (tmp_path / tile).unlink()
+    write("NCT-CRC-HE-100K/ADI/ADI-C.tif")
+    with pytest.raises(InputError, match=r"ADI-A\.tif is missing"):
+        list_dataset("crc-100k", tmp_path)
+
+
+def test_an_unpacked_gzip_file_is_held_against_its_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "camelyonpatch_level_2_split_test_y.h5"
+    packed = gzip.compress(b"labels" * 1000)
+    (tmp_path / f"{name}.gz").write_bytes(packed)
+    md5 = hashlib.md5(packed).hexdigest()
+    monkeypatch.setitem(ARCHIVES, "pcam", {f"{name}.gz": md5})
+    (tmp_path / name).write_bytes(b"labels" * 1000)
+    assert check_archives("pcam", tmp_path) == [
+        f"{name}.gz has its published MD5, and 1 files are as in it"
+    ]
+    (tmp_path / name).write_bytes(b"labelS" * 1000)
+    with pytest.raises(InputError, match="is not as in"):
+        check_archives("pcam", tmp_path)
+
+
+def test_another_task_than_the_digest_says_is_refused(tmp_path: Path) -> None:
+    write_samples(tmp_path)
+    digest = load_task(TaskConfig(tiles=tmp_path), seed=0).digest
+    assert load_task(TaskConfig(tiles=tmp_path, digest=digest), seed=0).digest == digest
+    with pytest.raises(InputError, match="is another task than task.digest=abc: "):
+        load_task(TaskConfig(tiles=tmp_path, digest="abc"), seed=0)
 
 
 def write_samples(root: Path) -> dict[str, bytes]:
