@@ -6,7 +6,8 @@ Shapes: B tiles, N tokens, D features.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from eosin.configs.errors import InputError
+from eosin.data_curation.converted_encoders import CONVERTED, Converted, load_converted
 from eosin.data_curation.descriptors import HISTOGRAM_BINS, colour_histogram, mean_colour
 from eosin.data_curation.encoder_interface import Encoder, Tiles, digest_of_weights
-from eosin.data_curation.published_encoders import Published, load_published
+from eosin.data_curation.published_encoders import PUBLISHED, Published, load_published
 from eosin.data_curation.python_encoder import load_python
 from eosin.data_curation.stain_texture import DIM as STAIN_TEXTURE_DIM
 from eosin.data_curation.stain_texture import stain_texture
@@ -28,7 +30,6 @@ from eosin.data_curation.tile_print import DIM as PRINT_DIM
 from eosin.data_curation.tile_print import VERSION as PRINT_VERSION
 from eosin.data_curation.tile_print import tile_print
 from eosin.data_curation.torchvision_import import import_timm
-from eosin.data_curation.transformers_encoder import PUBLISHED_DINO, load_transformers
 from eosin.launch.artefacts import stamp_of
 
 POOLINGS = ("cls", "mean", "clsmean", "native")
@@ -76,21 +77,30 @@ class NetworkEncoder(Encoder):
     def __init__(
         self,
         model: Any,
-        source: str,
+        rebuild: Callable[[], Any],
         name: str,
         device: torch.device,
         pooling: str | None,
         input_px: int | None = None,
-        known: Published | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
     ) -> None:
+        """Takes a network of timm.
+
+        Args:
+            model: with its weights.
+            rebuild: makes it anew at random weights.
+            name: for tables and files.
+            device: where it runs.
+            pooling: one of `POOLINGS`; None: as its own head pools.
+            input_px: instead of its own.
+            preprocessing: of timm's data config, instead of what the network's says.
+        """
         timm = import_timm()
-        self._known = known
+        self._rebuild, self._preprocessing = rebuild, dict(preprocessing or {})
         self._model = model.eval().requires_grad_(False).to(device)
-        self._source, self._device, self.name = source, device, name
+        self._device, self.name = device, name
         self.pooling = _resolve_pooling(model, pooling, name)
-        config = timm.data.resolve_model_data_config(model)
-        if known is not None:
-            config |= known.preprocessing()
+        config = timm.data.resolve_model_data_config(model) | self._preprocessing
         if input_px is not None:
             config["input_size"] = (3, input_px, input_px)
         channels, height, width = config["input_size"]
@@ -153,20 +163,19 @@ class NetworkEncoder(Encoder):
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # no accelerator's generator is touched
-            known = self._known.all_arguments() if self._known else {}
-            model = import_timm().create_model(self._source, pretrained=False, **known)
+            model = self._rebuild()
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if parameter_name.rpartition(".")[2] in _LAYER_SCALES:
                     parameter.fill_(1.0)
         return NetworkEncoder(
             model,
-            self._source,
+            self._rebuild,
             f"{self.name}-random",
             self._device,
             self.pooling,
             self.input_px,
-            self._known,
+            self._preprocessing,
         )
 
     def _run(self, prepared: Sequence[Tensor]) -> Tensor:
@@ -201,7 +210,7 @@ def load_encoder(
         spec: a folder with ``config.json`` and ``model.safetensors`` as timm writes them, or a run
             folder with such an ``encoder/`` in it; ``timm:NAME`` with pretrained weights (NAME may
             be ``hf-hub:ORG/MODEL``); ``published:NAME`` or ``published:NAME:FOLDER``, see
-            `published_encoders` and `transformers_encoder`; ``python:MODULE:FUNCTION``, see
+            `published_encoders` and `converted_encoders`; ``python:MODULE:FUNCTION``, see
             `python_encoder`; ``builtin:stain-texture``, ``builtin:mean-colour``,
             ``builtin:colour-histogram`` or ``builtin:tile-print``. A suffix ``@cls``, ``@mean``,
             ``@clsmean`` or ``@native`` chooses the pooling.
@@ -227,25 +236,44 @@ def load_encoder(
         return load_python(name, device)
     if kind == "published":
         name, _, where = name.partition(":")
-        if name in PUBLISHED_DINO:
-            return load_transformers(name, Path(where) if where else None, pooling, device)
-        model, known = load_published(name, Path(where) if where else None)
-        source = f"local-dir:{where}" if where else f"hf-hub:{known.hub}"
-        pooling = pooling or known.pooling
-        return NetworkEncoder(model, source, name, device, pooling, input_px, known)
+        return _published(name, Path(where) if where else None, device, pooling, input_px)
     if kind == "timm":
-        model = _pretrained(name)
-        return NetworkEncoder(model, name, name.replace("/", "_"), device, pooling, input_px)
+        model, fresh = _pretrained(name), partial(_at_random, name)
+        return NetworkEncoder(model, fresh, name.replace("/", "_"), device, pooling, input_px)
     folder = _find_folder(Path(spec))
     name = folder.resolve().parent.name if folder.resolve().name == "encoder" else ""
     return NetworkEncoder(
         _load_folder(folder),
-        f"local-dir:{folder}",
+        partial(_at_random, f"local-dir:{folder}"),
         name or folder.resolve().name,
         device,
         pooling or _stated_pooling(folder),
         input_px,
     )
+
+
+def _published(
+    name: str, folder: Path | None, device: torch.device, pooling: str | None, input_px: int | None
+) -> Encoder:
+    if name not in CONVERTED and name not in PUBLISHED:
+        raise InputError(
+            f"no published encoder '{name}'; there are: {', '.join((*PUBLISHED, *CONVERTED))}"
+        )
+    if name in CONVERTED:
+        known: Converted | Published = CONVERTED[name]
+        model, fresh = load_converted(name, folder)
+    else:
+        known = PUBLISHED[name]
+        model = load_published(name, folder)
+        source = f"hf-hub:{known.hub}" if folder is None else f"local-dir:{folder}"
+        fresh = partial(_at_random, source, **known.all_arguments())
+    preprocessing, pooling = known.preprocessing(), pooling or known.pooling
+    return NetworkEncoder(model, fresh, name, device, pooling, input_px, preprocessing)
+
+
+def _at_random(source: str, **arguments: Any) -> Any:
+    """A network of timm at its random start."""
+    return import_timm().create_model(source, pretrained=False, **arguments)
 
 
 def _builtin(name: str) -> Encoder:

@@ -138,28 +138,25 @@ PUBLISHED = {
 (73b61a79) load them."""
 
 
-def load_published(name: str, folder: Path | None) -> tuple[Any, Published]:
-    """The network with its weights, and what is known of it.
+def load_published(name: str, folder: Path | None) -> Any:
+    """The network with its weights.
 
     Args:
         name: of `PUBLISHED`.
         folder: where its files were downloaded to; None: the hub, or its cache.
 
     Raises:
-        InputError: no such encoder, or its weights cannot be had.
+        InputError: its weights cannot be had.
     """
-    known = PUBLISHED.get(name)
-    if known is None:
-        raise InputError(f"no published encoder '{name}'; there are: {', '.join(PUBLISHED)}")
+    known = PUBLISHED[name]
     if folder is not None and not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no download of {known.hub}: it has no config.json")
     source = f"hf-hub:{known.hub}" if folder is None else f"local-dir:{folder}"
     try:
-        model = import_timm().create_model(source, pretrained=True, **known.all_arguments())
+        return import_timm().create_model(source, pretrained=True, **known.all_arguments())
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
             f"published:{name}: {known.hub} cannot be had or loaded ({reason}); accept its terms "
             f"and log in, or download it and write published:{name}:FOLDER"
         ) from error
-    return model, known

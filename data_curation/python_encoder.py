@@ -3,8 +3,7 @@
 FUNCTION takes a ``torch.device`` and gives a pair: a transform, from one RGB PIL image to a tensor,
 and a network, a ``torch.nn.Module`` from a stack of those [B, …] to features [B, D]. MODULE is
 imported, so it is code that the user trusts: it lies in the working folder or is installed. This is
-how encoders come in whose own code has to run (Hibou, GenBio-PathFM, anything behind
-``trust_remote_code``).
+how encoders come in whose own code has to run (CONCH, anything behind ``trust_remote_code``).
 """
 
 import importlib

@@ -6,7 +6,6 @@ MD5, and the tiles against the CRC-32 that the archive has of each: what is scor
 published, to the last bit.
 """
 
-import gzip
 import hashlib
 import zipfile
 import zlib

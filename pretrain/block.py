@@ -16,8 +16,6 @@ from eosin.pretrain.attention import AttentionFn, Packing
 from eosin.pretrain.positions import rotate
 from eosin.pretrain.recompute import Recompute, run
 
-NORM_EPS = 1e-6  # timm's and DINOv2's; torch's own default is 1e-5
-
 
 class BlockRows(NamedTuple):
     """The rows that a block works on, int64; None stands for all of them."""
@@ -105,13 +103,14 @@ class Block(nn.Module):
         hidden: int,
         ffn: Literal["gelu", "swiglu"],
         attention: AttentionFn,
+        norm_eps: float,
     ) -> None:
         super().__init__()
         self.recompute: Recompute = "none"
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, heads, attention)
         self.ls1 = LayerScale(width)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, hidden, ffn)
         self.ls2 = LayerScale(width)
 

@@ -1,13 +1,10 @@
 """The encoder folder: what bare `timm.create_model("local-dir:…", pretrained=True)` loads.
 
-The `architecture` named in ``config.json`` is a timm entry point that already sets what JSON cannot
-(layer classes and their epsilon); every size is overridden in `model_args`, so no argument is
-needed.
+No argument is needed: `timm_form` says how.
 """
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from eosin.configs.errors import EosinError, InputError
 from eosin.configs.load import load_config
+from eosin.data_curation.timm_form import Form, timm_architecture, timm_arguments, timm_tensors
 from eosin.launch.artefacts import SCHEMA_VERSION, replacing_folder, write_text
 from eosin.pretrain.checkpoint import (
     DamagedCheckpointError,
@@ -33,12 +31,6 @@ from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.retention import best_step
 from eosin.pretrain.tensor_files import save_tensors
 from eosin.pretrain.vit import Tokens, Vit, VitConfig
-
-ARCHITECTURES = {"gelu": "vit_base_patch14_reg4_dinov2", "swiglu": "vit_giant_patch14_reg4_dinov2"}
-"""timm entry points whose feed-forward is ours; sizes are overridden."""
-
-ROPE_ARCHITECTURE = "vit_small_patch16_rope_224"
-"""timm's `Eva` whose attention has a bias on its keys, which counts under rotary positions."""
 
 CHECKSUMS = "SHA256SUMS"
 
@@ -139,10 +131,7 @@ def write_encoder(out: Path, model: VitConfig, state: dict[str, Tensor], card: E
         state: tensors of a `Vit`, by its names.
         card: provenance and preprocessing.
     """
-    # timm has no mask token, and no register token where there are no registers
-    kept = {
-        timm_name(model, k): v.float() for k, v in state.items() if k != "mask_token" and v.numel()
-    }
+    kept = {name: t.float() for name, t in timm_tensors(form_of(model), state).items()}
     tile = golden_tile(model.image_px)
     with replacing_folder(out, CHECKSUMS) as partial:
         save_tensors(partial / "model.safetensors", kept, format="pt")
@@ -158,32 +147,33 @@ def write_encoder(out: Path, model: VitConfig, state: dict[str, Tensor], card: E
         write_text(partial / CHECKSUMS, "".join(sums))
 
 
-def timm_name(model: VitConfig, name: str) -> str:
-    """What timm calls one of our tensors."""
-    if model.positions == "rope":  # timm's Eva holds LayerScale in the block itself
-        return name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2")
-    return name
+def form_of(model: VitConfig) -> Form:
+    """The network as timm is told of it."""
+    return Form(
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        patch_px=model.patch_px,
+        image_px=model.image_px,
+        registers=model.registers,
+        hidden=model.hidden,
+        gated=model.ffn == "swiglu",
+        norm_eps=model.norm_eps,
+        rope_base=model.rope.base if model.positions == "rope" else None,
+        layer_scale=model.layer_scale,
+        any_size=any_size(model),
+    )
 
 
 def timm_config(model: VitConfig, card: EncoderCard) -> dict[str, Any]:
     """The content of ``config.json``."""
-    rope = model.positions == "rope"
+    form = form_of(model)
     return {
-        "architecture": ROPE_ARCHITECTURE if rope else ARCHITECTURES[model.ffn],
+        "architecture": timm_architecture(form),
         "num_classes": 0,
         "num_features": model.width,
         "global_pool": "token",
-        "model_args": {
-            "img_size": model.image_px,
-            "patch_size": model.patch_px,
-            "embed_dim": model.width,
-            "depth": model.depth,
-            "num_heads": model.heads,
-            "init_values": model.layer_scale,
-            "dynamic_img_size": any_size(model),
-            "global_pool": "token",
-            **(_rope_args(model) if rope else _learned_args(model)),
-        },
+        "model_args": timm_arguments(form),
         "pretrained_cfg": {
             "tag": "eosin",
             "custom_load": False,
@@ -213,36 +203,6 @@ def timm_config(model: VitConfig, card: EncoderCard) -> dict[str, Any]:
 def any_size(model: VitConfig) -> bool:
     """Whether timm gives our features at every size: it resamples a table with antialiasing."""
     return model.positions == "rope" or model.interpolation == "antialias"
-
-
-def _learned_args(model: VitConfig) -> dict[str, Any]:
-    halves = 2 if model.ffn == "swiglu" else 1  # this entry point takes both halves together
-    return {
-        "mlp_ratio": _ratio(model.hidden * halves, model.width),
-        "reg_tokens": model.registers,
-        "no_embed_class": True,
-    }
-
-
-def _rope_args(model: VitConfig) -> dict[str, Any]:
-    return {
-        "mlp_ratio": _ratio(model.hidden, model.width),
-        "swiglu_mlp": model.ffn == "swiglu",
-        "num_reg_tokens": model.registers,
-        "use_fc_norm": False,
-        "rope_type": "dinov3",
-        "rope_temperature": model.rope.base,
-        "rope_grid_indexing": "ij",
-        "rope_rotate_half": True,
-    }
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """The ratio of which timm's ``int(width * ratio)`` is exactly `hidden`."""
-    ratio = hidden / width
-    while int(width * ratio) < hidden:
-        ratio = math.nextafter(ratio, math.inf)
-    return ratio
 
 
 def model_card(model: VitConfig, card: EncoderCard) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 STREAM = 0x70BE  # keeps these draws apart from those of other modules under one seed
 OFFSET = 0.1  # patches that DINOv2 adds to a crop's grid before it divides by the table's
 
-Interpolation: TypeAlias = Literal["antialias", "offset"]
+Interpolation: TypeAlias = Literal["antialias", "offset", "exact"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +71,24 @@ def learned_positions(
 ) -> Tensor:
     """Positions of a crop of (h, w) patches, fp32 [1, h · w, D]; the table itself where they fit.
 
-    Both published conventions resample by bicubic convolution with half-pixel centres, in fp32:
+    The published conventions resample by bicubic convolution with half-pixel centres, in fp32:
     ``antialias`` to the exact size, with antialiasing (DINOv2's register models, timm); ``offset``
-    by the factor (h + 0.1) / M, without (DINOv2's models without registers).
+    by the factor (h + 0.1) / M, without (DINOv2's models without registers); ``exact`` to the exact
+    size, without (the same models in transformers).
 
     Args:
         table: [1, M · M, D].
         grid: M.
         size: (h, w).
-        convention: which of the two.
+        convention: which of them.
     """
     if size == (grid, grid):
         return table
     square = table.float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # [1, D, M, M]
     if convention == "antialias":
         resized = F.interpolate(square, size=size, mode="bicubic", antialias=True)
+    elif convention == "exact":
+        resized = F.interpolate(square, size=size, mode="bicubic")
     else:
         factors = [(side + OFFSET) / grid for side in size]
         resized = F.interpolate(square, scale_factor=factors, mode="bicubic")

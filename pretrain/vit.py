@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eosin.pretrain.attention import AttentionFn, Packing, sdpa_attention
-from eosin.pretrain.block import NORM_EPS, Block, LayerScale
+from eosin.pretrain.block import Block, LayerScale
 from eosin.pretrain.compiled import compile_forward
 from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.positions import (
@@ -54,6 +54,8 @@ class VitConfig:
     """SwiGLU's hidden size is rounded up to a multiple of this: 8 in DINOv2, 64 in DINOv3's 7B."""
     layer_scale: float = 1e-5
     """Initial LayerScale (Touvron et al. 2021, arXiv 2103.17239)."""
+    norm_eps: float = 1e-6
+    """Added to the variance in every layer norm: 1e-6 in DINOv2 and timm, 1e-5 in DINOv3."""
     drop_path: float = 0.0
     """Share of samples that skip each residual branch in training, by batch subset."""
     positions: Literal["learned", "rope"] = "learned"
@@ -78,6 +80,12 @@ class VitConfig:
             raise ValueError(f"registers={self.registers} must lie in 0 … 8")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path} must lie in [0, 1)")
+        known = (1e-6, 1e-5) if self.positions == "rope" else (1e-6,)
+        if self.norm_eps not in known:
+            raise ValueError(
+                f"norm_eps={self.norm_eps}: timm has networks with positions={self.positions} for "
+                f"{' and '.join(map(str, known))}, and an export must load there"
+            )
         if self.hidden < 1:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves the feed-forward no channel")
         if self.positions == "rope" and self.head_channels % 4:
@@ -146,10 +154,10 @@ class Vit(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, width))
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.hidden, config.ffn, attention)
+            Block(width, config.heads, config.hidden, config.ffn, attention, config.norm_eps)
             for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.compiled = False
         """Whether `compile_blocks` was called."""
 

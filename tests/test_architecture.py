@@ -92,7 +92,10 @@ def test_nothing_unpickles_or_runs_a_shell() -> None:
                 assert not {"pickle", "dill", "shelve"} & {a.name for a in node.names}, source
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in {"eval", "exec", "os.system", "torch.load"}, source
+                assert name not in {"eval", "exec", "os.system"}, source
                 keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                if name == "torch.load":  # of foreign weights alone, which run nothing
+                    assert source.name == "weight_files.py", source
+                    assert keywords.get("weights_only") == "True", source
                 assert keywords.get("shell") != "True", source
                 assert keywords.get("allow_pickle") != "True", source

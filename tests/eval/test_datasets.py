@@ -228,7 +228,9 @@ def test_archives_are_held_against_what_is_published_and_tiles_against_archives(
 ) -> None:
     tile = "NCT-CRC-HE-100K/ADI/ADI-A.tif"
     write(tile, "CRC-VAL-HE-7K/ADI/ADI-B.tif")
-    assert any("none of its archives is here" in n for n in list_dataset("crc-100k", tmp_path).notes)
+    assert any(
+        "none of its archives is here" in n for n in list_dataset("crc-100k", tmp_path).notes
+    )
     md5 = zip_of(tmp_path, "NCT-CRC-HE-100K.zip", tile)
     with pytest.raises(InputError, match=rf"has the MD5 {md5}, and 6fd702d1"):
         list_dataset("crc-100k", tmp_path)
@@ -269,7 +271,7 @@ def test_another_task_than_the_digest_says_is_refused(tmp_path: Path) -> None:
     write_samples(tmp_path)
     digest = load_task(TaskConfig(tiles=tmp_path), seed=0).digest
     assert load_task(TaskConfig(tiles=tmp_path, digest=digest), seed=0).digest == digest
-    with pytest.raises(InputError, match="is another task than task.digest=abc: "):
+    with pytest.raises(InputError, match=r"is another task than task\.digest=abc: "):
         load_task(TaskConfig(tiles=tmp_path, digest="abc"), seed=0)
 
 

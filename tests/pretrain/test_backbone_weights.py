@@ -63,5 +63,5 @@ def test_one_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(
     with pytest.raises(InputError, match=rf"1 {what} \(blocks\."):
         load_backbone(vit, tmp_path)
     assert all(torch.equal(tensor, before[key]) for key, tensor in vit.state_dict().items())
-    with pytest.raises(InputError, match="give the folder of an encoder"):
+    with pytest.raises(InputError, match="nowhere does not exist; give a file of weights"):
         load_backbone(vit, tmp_path / "nowhere")

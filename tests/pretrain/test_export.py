@@ -49,6 +49,8 @@ def exported(folder: Path, **changes: object) -> Vit:
         {"positions": "rope"},
         {"positions": "rope", "ffn": "swiglu", "registers": 8, "rope": RopeConfig(base=30)},
         {"positions": "rope", "registers": 0, "width": 100, "heads": 5, "swiglu_multiple": 64},
+        {"positions": "rope", "norm_eps": 1e-5},
+        {"positions": "rope", "norm_eps": 1e-5, "ffn": "swiglu", "rope": RopeConfig(base=30)},
     ],
 )
 @torch.no_grad()
