@@ -31,6 +31,7 @@ from eosin.eval.protocols import DESCRIPTIONS, choose, run_protocols
 from eosin.eval.report import Picture, Section, write_report
 from eosin.eval.results import EncoderRecord, Results, TaskRecord, save_results
 from eosin.eval.scoring import draw, score_rows
+from eosin.eval.slide_view import SlideView, slides_of, view_slides
 from eosin.eval.splits import SPLITS, carve_splits
 from eosin.launch.artefacts import stamp_of
 from eosin.launch.device_names import DeviceName
@@ -73,6 +74,9 @@ class BagsConfig:
     n_bootstrap: int = 1000
     attention_slides: int = 4
     """Test slides whose attention is drawn."""
+    tiles: Path | None = None
+    """Folder of `eosin tile` that the features are of: attention is laid over its slides, with the
+    heaviest tiles beside them; else tiles stand in a mosaic."""
 
     def __post_init__(self) -> None:
         unknown = [head for head in self.heads if head not in HEADS]
@@ -140,11 +144,12 @@ def evaluate_bags(config: BagsConfig) -> None:
         bags = read_bags(store, task.slide_ids, path)
         encoders.append(encoder)
         outcomes[encoder.name], attention = _run(config, task, bags, encoder.name, device)
+        chosen = [bag for bag, is_test in zip(bags, test, strict=True) if is_test]
+        views = _views(config, chosen)
         for head, weights in attention.items():
-            chosen = [bag for bag, is_test in zip(bags, test, strict=True) if is_test]
             pictures += write_attention(
                 chosen, weights, config.out, f"{encoder.name}-{make_id(head)}",
-                config.attention_slides, f"{encoder.label}, {head}",
+                config.attention_slides, f"{encoder.label}, {head}", views,
             )  # fmt: skip
     scores, differences = score_rows(outcomes, draws)
     results = Results(
@@ -173,8 +178,9 @@ def evaluate_bags(config: BagsConfig) -> None:
     sections = [
         Section(
             title="Attention",
-            text="Tiles of test slides at their places; the darker, the more of the verdict rests "
-            "on a tile. Attention says where a head looked, not what it saw.",
+            text="Tiles of test slides at their places, by the rank of their weights: on a slide "
+            "the brighter, in a mosaic the darker, the more of the verdict rests on a tile. "
+            "Attention says where a head looked, not what it saw.",
             pictures=tuple(pictures),
         )
     ]
@@ -183,6 +189,26 @@ def evaluate_bags(config: BagsConfig) -> None:
         title="What these features are worth on slides",
     )  # fmt: skip
     console.print(f"report: {config.out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _views(config: BagsConfig, bags: list[Bag]) -> list[SlideView]:
+    """The first test slides that the folder of tiles knows.
+
+    Raises:
+        InputError: the folder of tiles is not what the features are of.
+    """
+    if config.tiles is None:
+        return []
+    known = slides_of(config.tiles)
+    drawn = [bag for bag in bags if bag.slide_id in known][: config.attention_slides]
+    if not drawn:
+        raise InputError(f"{config.tiles} knows none of the test slides; give tiles= of theirs")
+    views = view_slides(config.tiles, [bag.slide_id for bag in drawn])
+    for bag, view in zip(drawn, views, strict=True):
+        lost = [tile_id for tile_id in bag.tile_ids if tile_id not in view.places]
+        if lost:
+            raise InputError(f"{config.tiles} knows no tile '{lost[0]}' of {bag.slide_id}")
+    return views
 
 
 def _describe(protocol: str) -> str:
@@ -236,11 +262,19 @@ def read_bags(store: FeatureStore, slide_ids: list[str], path: Path) -> list[Bag
             f"{path} has no features of {len(missing)} labelled slides, such as {missing[0]}"
         )
     x, y = (store.rows[name].to_numpy() for name in ("level0_x", "level0_y"))
+    tile_ids = store.rows["tile_id"].to_pylist()
     bags = []
     for slide_id in slide_ids:
         rows = slice(*places[slide_id])
         cells = grid_cells(np.stack([x[rows], y[rows]], axis=1), f"{path}: {slide_id}")
-        bags.append(Bag(slide_id=slide_id, features=store.features[rows], cells=cells))
+        bags.append(
+            Bag(
+                slide_id=slide_id,
+                tile_ids=tile_ids[rows],
+                features=store.features[rows],
+                cells=cells,
+            )
+        )
     return bags
 
 

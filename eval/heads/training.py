@@ -35,6 +35,7 @@ class Bag:
     """One slide."""
 
     slide_id: str
+    tile_ids: Sequence[str]
     features: npt.NDArray[np.float16]
     """[N, D]"""
     cells: npt.NDArray[np.int64]

@@ -42,7 +42,14 @@ def haystack(
             is_needle[generator.choice(count, 3, replace=False)] = True
             features[is_needle] += 1.3 * needle
         cells = np.stack(np.unravel_index(generator.permutation(400)[:count], (20, 20)), axis=1)
-        bags.append(Bag(slide_id=f"s{seed}_{i}", features=features.astype(np.float16), cells=cells))
+        bags.append(
+            Bag(
+                slide_id=f"s{seed}_{i}",
+                tile_ids=[f"s{seed}_{i}_{t}" for t in range(count)],
+                features=features.astype(np.float16),
+                cells=cells,
+            )
+        )
         where.append(is_needle)
     return bags, labels, where
 
@@ -170,6 +177,7 @@ def stores(tmp_path: Path) -> tuple[list[Path], Path]:
     noise = [
         Bag(
             slide_id=bag.slide_id,
+            tile_ids=bag.tile_ids,
             features=generator.normal(size=bag.features.shape).astype(np.float16),
             cells=bag.cells,
         )
