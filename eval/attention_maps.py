@@ -90,7 +90,8 @@ def draw_on_slide(view: SlideView, tile_ids: Sequence[str], weights: Weights, pa
     tall = overview.shape[0] / overview.shape[1] * PAGE_PX / 2
     with drawing(path, PAGE_PX, round(tall + PAGE_PX / SHOWN + 160)) as figure:
         figure.set_layout_engine("constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=[tall + 60, PAGE_PX / SHOWN + 60])
+        heights = [tall + 60, PAGE_PX / SHOWN + 60]
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, image, title in zip(
             above.subplots(1, 2),
             (overview, laid),
