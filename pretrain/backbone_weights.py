@@ -123,10 +123,11 @@ def _refuse_other_network(
             f"{weights.source} is another network: {', '.join(other)}; 'eosin weights "
             f"{weights.source}' prints the settings of model.* that fit it"
         )
-    unlike = [n for n, p in vit.state_dict().items() if tensors[n].shape != p.shape]
+    state = vit.state_dict()
+    unlike = [name for name, tensor in tensors.items() if tensor.shape != state[name].shape]
     if unlike:
+        name = unlike[0]
         raise InputError(
-            f"{weights.source}: {len(unlike)} tensors of another shape, such as {unlike[0]}: "
-            f"{list(tensors[unlike[0]].shape)} there, {list(vit.state_dict()[unlike[0]].shape)} "
-            "here"
+            f"{weights.source}: {len(unlike)} tensors of another shape, such as {name}: "
+            f"{list(tensors[name].shape)} there, {list(state[name].shape)} here"
         )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eosin.pretrain.attention import AttentionFn, Packing
+from eosin.pretrain.low_rank import LowRankLinear
 from eosin.pretrain.positions import rotate
 from eosin.pretrain.recompute import Recompute, run
 
@@ -41,11 +42,11 @@ class BlockRows(NamedTuple):
 class Attention(nn.Module):
     """Multi-head self-attention on a packed stream."""
 
-    def __init__(self, width: int, heads: int, attention: AttentionFn) -> None:
+    def __init__(self, width: int, heads: int, attention: AttentionFn, rank: int) -> None:
         super().__init__()
         self.heads, self.attention = heads, attention
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = LowRankLinear(width, 3 * width, rank)
+        self.proj = LowRankLinear(width, width, rank)
 
     def forward(self, x: Tensor, rows: BlockRows) -> Tensor:  # [T, D] → [rows.project, D]
         """Attends within each sequence of the packing; projects the rows that are asked for."""
@@ -61,11 +62,11 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """The feed-forward: GELU MLP, or SwiGLU packed as timm's (gate first)."""
 
-    def __init__(self, width: int, hidden: int, ffn: Literal["gelu", "swiglu"]) -> None:
+    def __init__(self, width: int, hidden: int, ffn: Literal["gelu", "swiglu"], rank: int) -> None:
         super().__init__()
         self.gated = ffn == "swiglu"
-        self.fc1 = nn.Linear(width, hidden * (2 if self.gated else 1))
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = LowRankLinear(width, hidden * (2 if self.gated else 1), rank)
+        self.fc2 = LowRankLinear(hidden, width, rank)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, D] → [T, D]
         """Applies the feed-forward to every token."""
@@ -104,14 +105,15 @@ class Block(nn.Module):
         ffn: Literal["gelu", "swiglu"],
         attention: AttentionFn,
         norm_eps: float,
+        low_rank: int = 0,
     ) -> None:
         super().__init__()
         self.recompute: Recompute = "none"
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, heads, attention)
+        self.attn = Attention(width, heads, attention, low_rank)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, hidden, ffn)
+        self.mlp = Mlp(width, hidden, ffn, low_rank)
         self.ls2 = LayerScale(width)
 
     def forward(self, x: Tensor, rows: BlockRows) -> Tensor:  # [T, D] → [rows.leave, D]

@@ -23,6 +23,7 @@ from eosin.pretrain.recompute import Recompute
 from eosin.pretrain.retention import Retention
 from eosin.pretrain.schedules import Schedule
 from eosin.pretrain.spike import SpikeConfig
+from eosin.pretrain.start import StartConfig
 from eosin.pretrain.steps import BatchPlan
 from eosin.pretrain.vit import VitConfig
 
@@ -81,6 +82,8 @@ class PretrainConfig:
     """Of weights, order, crops, masks and drop-path."""
     model: VitConfig = field(default_factory=VitConfig)
     """The encoder."""
+    start: StartConfig = field(default_factory=StartConfig)
+    """From which weights; drawn ones by default."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The losses and heads."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -5,7 +5,7 @@ No argument is needed: `timm_form` says how.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from eosin.pretrain.checkpoint import (
     step_of,
 )
 from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.low_rank import merge_additions
 from eosin.pretrain.retention import best_step
 from eosin.pretrain.tensor_files import save_tensors
 from eosin.pretrain.vit import Tokens, Vit, VitConfig
@@ -131,6 +132,7 @@ def write_encoder(out: Path, model: VitConfig, state: dict[str, Tensor], card: E
         state: tensors of a `Vit`, by its names.
         card: provenance and preprocessing.
     """
+    state, model = merge_additions(state), replace(model, low_rank=0)
     kept = {name: t.float() for name, t in timm_tensors(form_of(model), state).items()}
     tile = golden_tile(model.image_px)
     with replacing_folder(out, CHECKSUMS) as partial:

@@ -71,6 +71,7 @@ class GroupKey:
     lr_factor: float
     decays: bool
     last_layer: bool
+    backbone: bool = False
 
 
 def group_key(name: str, depth: int, config: OptimConfig) -> GroupKey:
@@ -90,17 +91,19 @@ def group_key(name: str, depth: int, config: OptimConfig) -> GroupKey:
     if name.startswith("backbone.patch_embed."):
         factor *= config.patch_embed_lr
     exempt = name.endswith((".bias", ".gamma")) or "norm" in name
-    return GroupKey(factor, not exempt, ".last_" in name)
+    return GroupKey(factor, not exempt, ".last_" in name, name.startswith("backbone."))
 
 
 def build_optimizer(student: nn.Module, depth: int, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over what this rank holds of the student, one group per `GroupKey`.
+    """Fused AdamW over what this rank holds of what is trained, one group per `GroupKey`.
 
     The kernel is the fused one on the CPU too: it leaves out a bad step by itself, and takes a
     third of the time of torch's default there.
     """
     members: dict[GroupKey, list[Tensor]] = {}
     for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
         members.setdefault(group_key(name, depth, config), []).append(local(parameter))
     groups = [{"params": params, "key": key} for key, params in members.items()]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
@@ -115,12 +118,26 @@ def build_optimizer(student: nn.Module, depth: int, config: OptimConfig) -> torc
 
 
 def set_rates(
-    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, *, freeze_last: bool
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    weight_decay: float,
+    *,
+    freeze_last: bool,
+    backbone: float = 1.0,
 ) -> None:
-    """Sets every group's learning rate and weight decay for the coming step."""
+    """Sets every group's learning rate and weight decay for the coming step.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        lr: learning rate.
+        weight_decay: of the groups that decay.
+        freeze_last: whether the prototypes stay where they are.
+        backbone: factor on the backbone's learning rate; at 0 it stays where it is.
+    """
     for group in optimizer.param_groups:
         key: GroupKey = group["key"]
-        group["lr"] = 0.0 if key.last_layer and freeze_last else lr * key.lr_factor
+        factor = key.lr_factor * (backbone if key.backbone else 1.0)
+        group["lr"] = 0.0 if key.last_layer and freeze_last else lr * factor
         group["weight_decay"] = weight_decay if key.decays else 0.0
 
 

@@ -15,6 +15,8 @@ class Rates(NamedTuple):
     temperature: float
     spread: float
     freeze_last: bool
+    backbone: float
+    """Factor on the backbone's learning rate."""
 
     @classmethod
     def at(cls, config: PretrainConfig, step: int) -> "Rates":
@@ -30,6 +32,7 @@ class Rates(NamedTuple):
             temperature=config.temperature.at(step, total),
             spread=_ramp(step / total, *config.spread_ramp),
             freeze_last=optim.last_layer_frozen(step, total),
+            backbone=config.start.backbone_rate(step),
         )
 
 

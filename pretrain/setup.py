@@ -8,12 +8,14 @@ from torch import Tensor
 from eosin.launch.process import World, device_memory
 from eosin.pretrain.attention import choose_attention
 from eosin.pretrain.backbone_weights import load_backbone
+from eosin.pretrain.checkpoint import list_checkpoints
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Distiller
 from eosin.pretrain.local_part import like, local, whole_state
 from eosin.pretrain.optim import build_optimizer
 from eosin.pretrain.parallel import Layout, choose_parallel
 from eosin.pretrain.prototype_kernels import choose_kernels
+from eosin.pretrain.start import freeze, start_from
 from eosin.pretrain.vit import Vit
 
 
@@ -48,6 +50,8 @@ class Training:
         """All that training changes, by name; they share the memory of what is trained."""
         named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.student.named_parameters():
+            if not parameter.requires_grad:
+                continue
             for key, tensor in self.optimizer.state[local(parameter)].items():
                 lies = tensor if key == "step" else like(parameter, tensor)
                 named[f"optimizer.{name}.{key}"] = lies
@@ -68,8 +72,11 @@ def set_up(
     model = Distiller(
         config.model, config.objective, attention, kernels, config.group, config.seed, world.group
     )
+    if config.start.given and not list_checkpoints(config.out / "checkpoints"):
+        world.tell(start_from(model, config.start, config.model))
     if config.objective.gram.frozen_from is not None and config.objective.gram.weight > 0:
-        load_backbone(model.gram_teacher, config.objective.gram.frozen_from)
+        world.tell(load_backbone(model.gram_teacher, config.objective.gram.frozen_from))
+    freeze(model.student, config.start.train_blocks, config.model.depth, config.model.low_rank)
     model.to(device)
     model.student.backbone.recompute(config.recompute)
     compiled = config.compile == "blocks" or (config.compile == "auto" and device.type == "cuda")

@@ -35,6 +35,7 @@ from eosin.pretrain.optim import (
 from eosin.pretrain.parallel import Layout, ParallelName, choose_parallel
 from eosin.pretrain.rates import Rates
 from eosin.pretrain.setup import Training
+from eosin.pretrain.start import freeze
 from eosin.pretrain.step_guard import StepGuard
 from eosin.pretrain.steps import BatchPlan
 from eosin.pretrain.traffic_meter import Collective, TrafficMeter
@@ -167,6 +168,7 @@ class PlannedStep:
             as_autocast_on_cuda(model)
         self.state_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         self.state_bytes += 2 * sum(p.nbytes for p in model.student.parameters())  # moments
+        freeze(model.student, config.start.train_blocks, config.model.depth, config.model.low_rank)
         parameters = sum(p.numel() for p in model.student.parameters())
         name = choose_parallel(config.parallel, world, parameters, memory_bytes)
         layout: Any

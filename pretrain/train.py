@@ -117,7 +117,8 @@ def run(
         try:
             probe = None
             if start_probe is not None:
-                probe = start_probe(config, world, device, t.dtype, state.step + 1)
+                first = state.step + 1 if state.step or not config.start.given else 0
+                probe = start_probe(config, world, device, t.dtype, first)
             state = train(t, reader, checkpoints, state, stops, status, probe)
         except LossSpikeError as spike:
             state = roll_back(t, checkpoints, spike)
@@ -156,6 +157,8 @@ def train(
         last_step=config.steps,
         pin=t.device.type == "cuda",
     )
+    if probe is not None and state.step == 0 and config.start.given:
+        probe(t.whole_teacher, card_at(config, state))  # what it starts from
     parts, inputs = dict(student.named_children()), Inputs(t.device, config.mean, config.std)
     guard = StepGuard(
         config.out / "bad_steps.jsonl",
@@ -181,7 +184,13 @@ def train(
                 parts.values(), config.optim.clip_norm, config.optim.clip, t.layout.over_shards
             )
             bad = guard.judge(batch.step, batch.rows, torch.stack(losses), norms)
-            set_rates(t.optimizer, rates.lr, rates.weight_decay, freeze_last=rates.freeze_last)
+            set_rates(
+                t.optimizer,
+                rates.lr,
+                rates.weight_decay,
+                freeze_last=rates.freeze_last,
+                backbone=rates.backbone,
+            )
             hand_gradients(student)
             step_unless_bad(t.optimizer, bad)
             forget_gradients(student)

@@ -18,6 +18,7 @@ from eosin.pretrain.attention import AttentionFn, Packing, sdpa_attention
 from eosin.pretrain.block import Block, LayerScale
 from eosin.pretrain.compiled import compile_forward
 from eosin.pretrain.drop_path import DropPath
+from eosin.pretrain.low_rank import LowRankLinear
 from eosin.pretrain.positions import (
     Interpolation,
     Jitter,
@@ -58,6 +59,9 @@ class VitConfig:
     """Added to the variance in every layer norm: 1e-6 in DINOv2 and timm, 1e-5 in DINOv3."""
     drop_path: float = 0.0
     """Share of samples that skip each residual branch in training, by batch subset."""
+    low_rank: int = 0
+    """Rank of additions to the blocks' linear layers, which are then trained instead of them (LoRA,
+    arXiv 2106.09685); an export has them added up. 0: none."""
     positions: Literal["learned", "rope"] = "learned"
     """How a patch knows its place: a learned table, or axial rotary positions in every block."""
     interpolation: Interpolation = "antialias"
@@ -78,6 +82,8 @@ class VitConfig:
             )
         if not 0 <= self.registers <= 8:
             raise ValueError(f"registers={self.registers} must lie in 0 … 8")
+        if self.low_rank < 0:
+            raise ValueError(f"low_rank={self.low_rank} must not be negative")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path} must lie in [0, 1)")
         known = (1e-6, 1e-5) if self.positions == "rope" else (1e-6,)
@@ -154,7 +160,15 @@ class Vit(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, width))
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.hidden, config.ffn, attention, config.norm_eps)
+            Block(
+                width,
+                config.heads,
+                config.hidden,
+                config.ffn,
+                attention,
+                config.norm_eps,
+                config.low_rank,
+            )
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
@@ -169,6 +183,8 @@ class Vit(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
+                if isinstance(module, LowRankLinear):
+                    module.initialise_addition(generator)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, LayerScale):
