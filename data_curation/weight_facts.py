@@ -49,7 +49,7 @@ def facts_of(weights: Weights, layout: str, width: int) -> Facts:
             f"{weights.source / 'config.json'}: hidden_act={activation} is no feed-forward of "
             "ours; they are a GELU MLP and a gated one with SiLU"
         )
-    heads = config.get("num_attention_heads", width // HEAD_CHANNELS)
+    heads = config.get("num_attention_heads", max(1, width // HEAD_CHANNELS))
     eps = config.get("layer_norm_eps", 1e-5 if of_dinov3 else 1e-6)
     base = config.get("rope_theta", 100.0)
     mean, std = IMAGENET

@@ -160,6 +160,14 @@ VERBS: dict[str, Verb] = {
         "eosin plan curate slides=20000 like=pilot total=50000000 cores=256 gpus=8",
         options=("json",),
     ),
+    "weights": Verb(
+        "eosin.pretrain.weights",
+        "WeightsConfig",
+        "show_weights",
+        "what weights are: layout, every tensor accounted for, and the settings that take them",
+        "eosin weights /data/dinov2_vitl14_reg4_pretrain.pth",
+        positional="source",
+    ),
     "export": Verb(
         "eosin.pretrain.export",
         "ExportConfig",

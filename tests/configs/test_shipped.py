@@ -74,6 +74,28 @@ def test_a_size_has_the_parameters_of_timms_model_and_a_mask_token(size: str) ->
     assert stated and float(stated[1]) == pytest.approx(ours / 1e6, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("stage", "recipe"),
+    [("continue", "eosin"), ("high_resolution", "eosin"), ("gram", "dinov3")],
+)
+def test_a_stage_goes_behind_a_recipe_and_a_size(stage: str, recipe: str) -> None:
+    files = [f"pretrain/{recipe}", "size/base", f"stage/{stage}"]
+    start = "start.weights=w" if stage == "continue" else "start.run=r"
+    config = load_config(PretrainConfig, files, [*NEEDED, start])
+    before = shipped(recipe, "base")
+    assert config.model.width == before.model.width and config.start.given
+    assert config.steps < before.steps
+    last = [Rates.at(config, config.steps - 1), Rates.at(before, before.steps // 2)]
+    assert last[0].lr <= last[1].lr and last[0].momentum >= last[1].momentum
+    assert f"stage/{stage}" in (CONFIGS / "stage" / f"{stage}.yaml").read_text()
+
+
+def test_every_stage_is_tried() -> None:
+    assert {p.stem for p in (CONFIGS / "stage").glob("*.yaml")} == {
+        "continue", "high_resolution", "gram"
+    }  # fmt: skip
+
+
 def test_dinov3s_swiglu_has_its_hidden_size_in_the_network_of_seven_billion() -> None:
     words = (CONFIGS / "pretrain" / "dinov3.yaml").read_text()
     assert "model.mlp_ratio=3\n#   model.swiglu_multiple=64" in words

@@ -19,6 +19,7 @@ from eosin.data_curation.weight_files import read_weights
 from eosin.data_curation.weight_layouts import shape_of, to_our_names
 from eosin.pretrain.backbone_weights import load_backbone, settings_of
 from eosin.pretrain.vit import Vit, VitConfig
+from eosin.pretrain.weights import WeightsConfig, show_weights
 
 Tokens = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] → all tokens [B, P + N, D] after the final norm."""
@@ -362,3 +363,15 @@ def test_what_runs_code_or_is_no_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "resnet.pth")
     with pytest.raises(InputError, match=r"its tensors \(conv1.weight\) are in no layout"):
         to_our_names(read_weights(tmp_path / "resnet.pth").tensors, "resnet.pth")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_verb_prints_settings_that_take_the_weights(
+    gated: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(meta_dinov2(4, gated, chunked=True), tmp_path / "w.safetensors")
+    show_weights(WeightsConfig(source=tmp_path / "w.safetensors"))
+    said = capsys.readouterr().out
+    assert "tensors accounted for (DINOv2 with registers)" in said and "learned at 56 px" in said
+    given = [word.removeprefix("model.") for word in said.split() if word.startswith("model.")]
+    load_backbone(Vit(load_config(VitConfig, [], given)), tmp_path / "w.safetensors")
