@@ -12,6 +12,7 @@ from eosin.launch.preflight import PreflightConfig
 from eosin.launch.process import World
 from eosin.pretrain.attention import AttentionName
 from eosin.pretrain.augment import AugmentConfig
+from eosin.pretrain.frozen_teacher import TeacherConfig
 from eosin.pretrain.loader import LoaderConfig
 from eosin.pretrain.masking import MaskConfig
 from eosin.pretrain.network import ObjectiveConfig
@@ -84,6 +85,8 @@ class PretrainConfig:
     """The encoder."""
     start: StartConfig = field(default_factory=StartConfig)
     """From which weights; drawn ones by default."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Whom the student learns from: its own moving average by default."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The losses and heads."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -31,7 +31,7 @@ def crop_rows(
     masks: NDArray[np.bool_],
     teacher: Packing,
     student: Packing,
-    prefix: int,
+    prefixes: tuple[int, int],
     patches: Patches,
     device: torch.device,
 ) -> CropRows:
@@ -41,7 +41,7 @@ def crop_rows(
         masks: masked patches of the global crops, bool [C, N].
         teacher: the teacher's stream: the global crops.
         student: the student's stream: the global crops, then the local ones.
-        prefix: tokens before the patches of a sequence.
+        prefixes: tokens before the patches of a sequence, of the teacher and of the student.
         patches: of the global crops, which ones a loss reads.
         device: of the networks.
     """
@@ -54,6 +54,6 @@ def crop_rows(
         torch.from_numpy(
             np.concatenate([cls_rows(packing), patch_rows(packing, 0, prefix, wanted)])
         )
-        for packing in (teacher, student)
+        for packing, prefix in zip((teacher, student), prefixes, strict=True)
     ]
     return CropRows(mask, rows, row_weights, *streams)

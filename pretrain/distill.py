@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eosin.pretrain.aside import Aside
-from eosin.pretrain.attention import AttentionFn
+from eosin.pretrain.attention import AttentionFn, Packing
 from eosin.pretrain.collectives import (
     gather_rows,
     lse_over_ranks,
@@ -27,6 +27,7 @@ from eosin.pretrain.crop_rows import CropRows, crop_rows
 from eosin.pretrain.diagnostics import Measured, PrototypeUse, Window, measure_health
 from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.ema import follow, update_teacher
+from eosin.pretrain.frozen_teacher import FrozenTeacher
 from eosin.pretrain.gram import gram_loss
 from eosin.pretrain.initialise import materialise
 from eosin.pretrain.jepa import jepa_loss
@@ -83,6 +84,8 @@ class Distiller(nn.Module):
         seed: of the weights.
         ranks: that share a batch, each with as many samples; None for one process. Losses and
             gradients averaged over them are those of one process with the whole batch.
+        frozen: a teacher that never changes, in the place of the moving average.
+        masked: whether patches are hidden from the student.
     """
 
     def __init__(
@@ -94,8 +97,11 @@ class Distiller(nn.Module):
         group_size: int,
         seed: int,
         ranks: dist.ProcessGroup | None = None,
+        frozen: FrozenTeacher | None = None,
+        masked: bool = True,
     ) -> None:
         super().__init__()
+        self.frozen, self._masked = frozen, masked
         self.objective, self.kernels, self.group_size = objective, kernels, group_size
         self._lse_over_ranks = None if ranks is None else lse_over_ranks(ranks)
         self._gather_rows, self._max_over_ranks = gather_rows(ranks), max_over_ranks(ranks)
@@ -150,8 +156,9 @@ class Distiller(nn.Module):
             encoded = self._encode(crops[0], rows)
             with aside:
                 [taught] = self._targets([encoded], rates.temperature)
+        hidden = rows.mask if self._masked else None
         student: Encoded = self.student(
-            crops, rows.mask, rows.student, rows.masked, drop, batch, jitter
+            crops, hidden, rows.student, rows.masked, drop, batch, jitter
         )
         aside.join()
         cls_logits, patch_logits = student.cls_logits, student.patch_logits
@@ -190,18 +197,24 @@ class Distiller(nn.Module):
 
     def _rows(self, crops: Sequence[Tensor], masks: NDArray[np.bool_]) -> CropRows:
         """Where the losses read the streams of the teacher and of the student."""
-        body = self.student.backbone
+        body, patch_px = self.student.backbone, self.student.backbone.config.patch_px
+        judge = self.teacher.backbone if self.frozen is None else self.frozen.network.backbone
+        cells = [(len(c), c.shape[2] // patch_px, c.shape[3] // patch_px) for c in crops]
+        prefixes = judge.config.prefix, body.config.prefix
         teacher, student = (
-            body.packing([(len(c), *c.shape[2:]) for c in group]) for group in (crops[:1], crops)
+            Packing(tuple((n, prefix + h * w) for n, h, w in group))
+            for group, prefix in zip((cells[:1], cells), prefixes, strict=True)
         )
-        return crop_rows(
-            masks, teacher, student, body.config.prefix, self.objective.patches, crops[0].device
-        )
+        return crop_rows(masks, teacher, student, prefixes, self.objective.patches, crops[0].device)
 
     @torch.no_grad()
     def _encode(self, crops: Tensor, rows: CropRows) -> Encoded:
         """The teacher's tokens and logits of whole global crops [C, 3, H, W]."""
-        out: Encoded = self.teacher([crops], None, rows.teacher, rows.masked)
+        network = self.teacher
+        if self.frozen is not None:
+            crops = self.frozen.show(crops, self.student.backbone.config.patch_px)
+            network = self.frozen.network
+        out: Encoded = network([crops], None, rows.teacher, rows.masked)
         return out
 
     def teach(
@@ -365,7 +378,10 @@ class Distiller(nn.Module):
         Args:
             backend: as in `Vit.compile_blocks`.
         """
-        for network in (self.student, self.teacher):
+        networks = [self.student, self.teacher]
+        if self.frozen is not None:
+            networks.append(self.frozen.network)
+        for network in networks:
             network.backbone.compile_blocks(backend)
             for name in ("head", "patch_head"):
                 if (head := getattr(network, name, None)) is not None:

@@ -145,6 +145,9 @@ def shard(model: Distiller, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         (network, [*network.backbone.blocks, *_heads(network)])
         for network in (model.student, model.teacher)
     ]
+    if model.frozen is not None:
+        network = model.frozen.network
+        roots.append((network, [*network.backbone.blocks, *_heads(network)]))
     if hasattr(model, "gram_teacher"):
         roots.append((model.gram_teacher, list(model.gram_teacher.blocks)))
     for root, units in roots:

@@ -11,6 +11,7 @@ from eosin.pretrain.backbone_weights import load_backbone
 from eosin.pretrain.checkpoint import list_checkpoints
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Distiller
+from eosin.pretrain.frozen_teacher import check_grids, keep_to_teacher, load_frozen_teacher
 from eosin.pretrain.local_part import like, local, whole_state
 from eosin.pretrain.optim import build_optimizer
 from eosin.pretrain.parallel import Layout, choose_parallel
@@ -48,7 +49,11 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name; they share the memory of what is trained."""
-        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        named = {
+            f"model.{name}": tensor
+            for name, tensor in self.model.state_dict().items()
+            if not name.startswith("frozen.")
+        }
         for name, parameter in self.model.student.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -69,9 +74,17 @@ def set_up(
     world = world or World()
     attention = choose_attention(config.attention, device, dtype)
     kernels = choose_kernels(config.loss_kernels, device, dtype)
+    frozen = None
+    if config.teacher.run is not None:
+        frozen = load_frozen_teacher(
+            config.teacher.run, config.objective, config.mean, config.std, attention
+        )
+        world.tell(check_grids(config.model, frozen))
+        keep_to_teacher(config.out, frozen, world)
     model = Distiller(
-        config.model, config.objective, attention, kernels, config.group, config.seed, world.group
-    )
+        config.model, config.objective, attention, kernels, config.group, config.seed, world.group,
+        frozen, masked=frozen is None or config.teacher.masked,
+    )  # fmt: skip
     if config.start.given and not list_checkpoints(config.out / "checkpoints"):
         world.tell(start_from(model, config.start, config.model))
     if config.objective.gram.frozen_from is not None and config.objective.gram.weight > 0:
