@@ -21,7 +21,8 @@ from torch import Tensor
 from eosin.data_curation.embed import TileImage
 from eosin.data_curation.torchvision_import import import_timm
 from eosin.launch.process import World
-from eosin.pretrain.export import EncoderCard, timm_config
+from eosin.pretrain.export import timm_config
+from eosin.pretrain.model_card import EncoderCard
 from eosin.pretrain.vit import Tokens, Vit, VitConfig
 
 THREADS = 4

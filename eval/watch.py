@@ -6,6 +6,7 @@ take at most `max_share` of its time: the first probe finds out how many tiles t
 ones take the same tiles, and one that would take longer is left out.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from eosin.launch.metrics import JsonLines, read_lines
 from eosin.launch.process import World
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.diagnostics import rankme
-from eosin.pretrain.export import EncoderCard
+from eosin.pretrain.model_card import EncoderCard
 from eosin.pretrain.vit import Vit
 
 EMBEDDING_SHARE = 0.6
@@ -245,6 +246,8 @@ class TrainerProbe:
         if not self._due(card.steps):
             return
         began, left = self._budget.now(), self._budget.left()
+        if card.steps == 0:  # what a training starts from is worth its time, once
+            left = math.inf
         if not agreed(int(left >= self._seconds and left > 0), self._world):
             self._skip(card.steps)
             self._budget.spend(began)

@@ -35,7 +35,8 @@ from eosin.launch.metrics import dump_lines, read_lines
 from eosin.launch.process import World, choose_device
 from eosin.launch.status import read_status
 from eosin.pretrain.config import PretrainConfig
-from eosin.pretrain.export import CHECKSUMS, EncoderCard, write_encoder
+from eosin.pretrain.export import CHECKSUMS, write_encoder
+from eosin.pretrain.model_card import EncoderCard
 from eosin.pretrain.vit import Vit
 
 FOLDER = "exports"

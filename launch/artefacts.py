@@ -68,9 +68,10 @@ def replacing_folder(path: Path, known_by: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         _name(error, path)
         raise
-    for file in partial.iterdir():
-        with file.open("rb+") as written:
-            os.fsync(written.fileno())
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
     if path.exists():
         path.rename(old)
     partial.rename(path)

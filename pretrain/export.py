@@ -5,13 +5,12 @@ No argument is needed: `timm_form` says how.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -28,10 +27,13 @@ from eosin.pretrain.checkpoint import (
     step_of,
 )
 from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.golden import golden_record, golden_tile
 from eosin.pretrain.low_rank import merge_additions
+from eosin.pretrain.model_card import EncoderCard, model_card
+from eosin.pretrain.other_forms import FormName, write_onnx, write_transformers
 from eosin.pretrain.retention import best_step
 from eosin.pretrain.tensor_files import save_tensors
-from eosin.pretrain.vit import Tokens, Vit, VitConfig
+from eosin.pretrain.vit import VitConfig
 
 CHECKSUMS = "SHA256SUMS"
 
@@ -49,19 +51,6 @@ class ExportConfig:
     step: str = "newest"
     """Which checkpoint: ``newest``, ``best`` by the live probe on its validation split, or a
     step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderCard:
-    """What an encoder folder says about itself."""
-
-    steps: int
-    tiles_seen: int
-    index_digest: str
-    mpp: float | None
-    """Scale of the training tiles; None where it is unknown or mixed."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def card_at(run: PretrainConfig, state: TrainState) -> EncoderCard:
@@ -123,7 +112,13 @@ def _asked_for(config: ExportConfig) -> list[Path]:
     return [steps[wanted]]
 
 
-def write_encoder(out: Path, model: VitConfig, state: dict[str, Tensor], card: EncoderCard) -> None:
+def write_encoder(
+    out: Path,
+    model: VitConfig,
+    state: dict[str, Tensor],
+    card: EncoderCard,
+    forms: Sequence[FormName] = (),
+) -> None:
     """Writes the encoder folder under a temporary name and puts it in place of `out`.
 
     Args:
@@ -131,20 +126,30 @@ def write_encoder(out: Path, model: VitConfig, state: dict[str, Tensor], card: E
         model: shape of the encoder.
         state: tensors of a `Vit`, by its names.
         card: provenance and preprocessing.
+        forms: other forms, each in a sub-folder of its name.
+
+    Raises:
+        ConfigError: there is no such form of this network.
     """
     state, model = merge_additions(state), replace(model, low_rank=0)
     kept = {name: t.float() for name, t in timm_tensors(form_of(model), state).items()}
     tile = golden_tile(model.image_px)
+    golden, drift = golden_record(model, state, tile, card.mean, card.std)
     with replacing_folder(out, CHECKSUMS) as partial:
         save_tensors(partial / "model.safetensors", kept, format="pt")
-        write_text(partial / "config.json", json.dumps(timm_config(model, card), indent=1) + "\n")
-        write_text(partial / "README.md", model_card(model, card))
+        config = timm_config(model, card, drift)
+        write_text(partial / "config.json", json.dumps(config, indent=1) + "\n")
+        write_text(partial / "README.md", model_card(model, card, any_size(model), drift))
         Image.fromarray(tile).save(partial / "golden.png")
-        golden = {"cls": golden_features(model, state, tile, card)}
         save_tensors(partial / "golden.safetensors", golden)
+        if "transformers" in forms:
+            write_transformers(partial / "transformers", model, state, card)
+        if "onnx" in forms:
+            write_onnx(partial / "onnx", partial, model.image_px)
         sums = [
-            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-            for path in sorted(partial.iterdir())
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(partial)}\n"
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
         ]
         write_text(partial / CHECKSUMS, "".join(sums))
 
@@ -167,8 +172,10 @@ def form_of(model: VitConfig) -> Form:
     )
 
 
-def timm_config(model: VitConfig, card: EncoderCard) -> dict[str, Any]:
-    """The content of ``config.json``."""
+def timm_config(
+    model: VitConfig, card: EncoderCard, drift: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of ``config.json``; `drift` of the golden features is written into it."""
     form = form_of(model)
     return {
         "architecture": timm_architecture(form),
@@ -198,6 +205,9 @@ def timm_config(model: VitConfig, card: EncoderCard) -> dict[str, Any]:
             "steps": card.steps,
             "tiles_seen": card.tiles_seen,
             "index_digest": card.index_digest,
+            "licence": card.licence,
+            "made_with": {name: metadata.version(name) for name in ("eosin", "torch")},
+            "golden_drift": drift or {},
         },
     }
 
@@ -205,60 +215,3 @@ def timm_config(model: VitConfig, card: EncoderCard) -> dict[str, Any]:
 def any_size(model: VitConfig) -> bool:
     """Whether timm gives our features at every size: it resamples a table with antialiasing."""
     return model.positions == "rope" or model.interpolation == "antialias"
-
-
-def model_card(model: VitConfig, card: EncoderCard) -> str:
-    """The folder's README."""
-    scale = f"{card.mpp} µm/px" if card.mpp is not None else "not known: the tiles carried none"
-    positions = "learned positions"
-    if model.positions == "rope":
-        positions = f"axial rotary positions of base {model.rope.base:g}"
-    sizes = "" if any_size(model) else " and no other (timm resamples positions in another way)"
-    return f"""\
-# Encoder trained with eosin
-
-```python
-import timm
-encoder = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
-features = encoder(transform(tile)[None])  # [1, {model.width}]
-```
-
-| | |
-|---|---|
-| network | ViT, width {model.width}, depth {model.depth}, {model.heads} heads, patch \
-{model.patch_px} px, {model.registers} registers, {model.ffn}, {positions} |
-| input | {model.image_px} px{sizes}, mean {list(card.mean)}, std {list(card.std)} |
-| scale of the training tiles | {scale} |
-| training | {card.steps} steps, {card.tiles_seen} tiles seen, shards {card.index_digest} |
-| features | the CLS token after the final norm; patch tokens start at \
-`encoder.num_prefix_tokens` = {model.prefix} |
-
-`golden.png` is a drawn tile and `golden.safetensors` its features in fp32: an installation that
-gives other numbers differs in weights, preprocessing or precision. `SHA256SUMS` covers every file.
-"""
-
-
-def golden_tile(side_px: int) -> NDArray[np.uint8]:
-    """A drawn tile, uint8 [side, side, 3]: smooth colours and disks, the same on every machine."""
-    y, x = np.mgrid[:side_px, :side_px] / side_px
-    tile = np.stack([200 + 40 * x, 150 + 60 * y, 190 + 30 * (x - y)], axis=-1)
-    rng = np.random.default_rng(0)
-    for cx, cy, radius in rng.uniform((0, 0, 0.02), (1, 1, 0.06), (30, 3)):
-        tile[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = (90, 60, 140)
-    drawn: NDArray[np.uint8] = np.clip(tile, 0, 255).astype(np.uint8)
-    return drawn
-
-
-@torch.no_grad()
-def golden_features(
-    model: VitConfig, state: dict[str, Tensor], tile: NDArray[np.uint8], card: EncoderCard
-) -> Tensor:
-    """CLS features of the golden tile by our own network, fp32 [D]."""
-    with torch.device("meta"):  # or weights would be drawn, from the global generator
-        vit = Vit(model)
-    vit.load_state_dict({k: v.float().cpu() for k, v in state.items()}, strict=True, assign=True)
-    image = torch.from_numpy(tile).permute(2, 0, 1)[None].float() / 255  # [1, 3, H, W]
-    mean, std = torch.tensor(card.mean)[:, None, None], torch.tensor(card.std)[:, None, None]
-    tokens: Tokens = vit.eval()([(image - mean) / std])[0]
-    return tokens.cls[0].clone()

@@ -9,7 +9,7 @@ import torch
 
 from eosin.launch.process import World
 from eosin.pretrain.config import PretrainConfig
-from eosin.pretrain.export import EncoderCard
+from eosin.pretrain.model_card import EncoderCard
 from eosin.pretrain.vit import Vit
 
 

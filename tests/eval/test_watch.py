@@ -31,8 +31,9 @@ from eosin.launch.status import Status
 from eosin.pretrain.attention import sdpa_attention
 from eosin.pretrain.augment import AugmentConfig
 from eosin.pretrain.config import PretrainConfig
-from eosin.pretrain.export import EncoderCard, write_encoder
+from eosin.pretrain.export import write_encoder
 from eosin.pretrain.initialise import materialise
+from eosin.pretrain.model_card import EncoderCard
 from eosin.pretrain.retention import Retention
 from eosin.pretrain.vit import Vit, VitConfig
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from eosin.configs.errors import InputError
 from eosin.pretrain.backbone_weights import load_backbone
-from eosin.pretrain.export import EncoderCard, write_encoder
+from eosin.pretrain.export import write_encoder
+from eosin.pretrain.model_card import EncoderCard
 from eosin.pretrain.vit import Vit, VitConfig
 
 CARD = EncoderCard(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from eosin.configs.errors import EosinError, InputError
-from eosin.data_curation.torchvision_import import import_timm
-from eosin.pretrain.export import EncoderCard, ExportConfig, export, golden_tile, write_encoder
+from eosin.data_curation.torchvision_import import import_beside_torchvision, import_timm
+from eosin.pretrain.export import ExportConfig, export, write_encoder
+from eosin.pretrain.golden import golden_tile, prepare
+from eosin.pretrain.model_card import EncoderCard
+from eosin.pretrain.other_forms import FormName
 from eosin.pretrain.positions import RopeConfig
 from eosin.pretrain.vit import Vit, VitConfig
 
@@ -21,7 +25,7 @@ CARD = EncoderCard(
 )  # fmt: skip
 
 
-def exported(folder: Path, **changes: object) -> Vit:
+def exported(folder: Path, forms: Sequence[FormName] = (), **changes: object) -> Vit:
     config = VitConfig(
         **{  # type: ignore[arg-type]
             "width": 48, "depth": 2, "heads": 3, "patch_px": 8, "image_px": 32, "registers": 2,
@@ -34,7 +38,7 @@ def exported(folder: Path, **changes: object) -> Vit:
     with torch.no_grad():  # so that no parameter is at a value that hides it
         for parameter in vit.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    write_encoder(folder, config, vit.state_dict(), CARD)
+    write_encoder(folder, config, vit.state_dict(), CARD, forms)
     return vit.eval()
 
 
@@ -90,11 +94,76 @@ def test_the_golden_tile_gives_the_golden_features_through_timms_own_transform(
     data = timm.data.resolve_model_data_config(model)
     assert tuple(data["input_size"]) == (3, 32, 32) and tuple(data["mean"]) == CARD.mean
     transform = timm.data.create_transform(**data, is_training=False)
+    golden = load_file(tmp_path / "encoder" / "golden.safetensors")
     with Image.open(tmp_path / "encoder" / "golden.png") as tile:
-        assert np.array_equal(np.asarray(tile), golden_tile(32))
-        features = model(transform(tile.convert("RGB"))[None])[0]
-    golden = load_file(tmp_path / "encoder" / "golden.safetensors")["cls"]
-    torch.testing.assert_close(features, golden, atol=1e-5, rtol=1e-5)
+        assert np.array_equal(np.asarray(tile), golden_tile(32)) and tile.size == (44, 40)
+        seen = transform(tile.convert("RGB"))
+    assert torch.equal(seen, golden["input"])  # resized, cropped and normalised: to the bit
+    tokens = model.forward_features(seen[None])
+    torch.testing.assert_close(model(seen[None])[0], golden["cls"], atol=1e-5, rtol=1e-5)
+    patches = tokens[0, model.num_prefix_tokens :]
+    torch.testing.assert_close(patches.mean(dim=0), golden["mean"], atol=1e-5, rtol=1e-5)
+    drift = json.loads((tmp_path / "encoder" / "config.json").read_text())["eosin"]["golden_drift"]
+    assert 0.999 < drift["bf16"]["cosine"] <= 1 and drift["fp16"]["largest"] < 0.01
+
+
+@pytest.mark.parametrize("size", [(32, 32), (50, 37), (37, 91), (64, 48), (20, 33)])
+def test_our_own_preparation_is_timms_to_the_bit(size: tuple[int, int]) -> None:
+    tile = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    mean, std = (0.7, 0.6, 0.7), (0.2, 0.21, 0.22)
+    transform = import_timm().data.create_transform(
+        input_size=(3, 32, 32), interpolation="bicubic", mean=mean, std=std, crop_pct=1.0
+    )
+    assert torch.equal(prepare(tile, 32, mean, std), transform(Image.fromarray(tile)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"registers": 0},
+        {"ffn": "swiglu"},
+        {"positions": "rope"},
+        {"positions": "rope", "ffn": "swiglu", "rope": RopeConfig(base=30)},
+        {"positions": "rope", "norm_eps": 1e-5, "registers": 1},
+    ],
+)
+@torch.no_grad()
+def test_transformers_loads_its_form_with_equal_features(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    vit = exported(tmp_path / "encoder", forms=["transformers"], **changes)
+    library = import_beside_torchvision("transformers")
+    folder = tmp_path / "encoder" / "transformers"
+    model, report = library.AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for size in ((32, 32), (48, 24)):
+        images = torch.randn(2, 3, *size)
+        tokens, ours = model.eval()(pixel_values=images).last_hidden_state, vit([images])[0]
+        torch.testing.assert_close(tokens[:, 0], ours.cls, atol=1e-5, rtol=1e-5)
+        patches = tokens[:, vit.config.prefix :]
+        torch.testing.assert_close(patches, ours.patches, atol=1e-5, rtol=1e-5)
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == list(CARD.mean) and processor["size"]["shortest_edge"] == 32
+
+
+@pytest.mark.parametrize("changes", [{}, {"ffn": "swiglu"}, {"positions": "rope"}])
+@torch.no_grad()
+def test_onnx_runs_any_batch_with_equal_features(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    vit = exported(tmp_path / "encoder", forms=["onnx"], **changes)
+    session = runtime.InferenceSession(
+        str(tmp_path / "encoder" / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        [features] = session.run(["features"], {"images": images.numpy()})
+        torch.testing.assert_close(
+            torch.from_numpy(features), vit([images])[0].cls, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_every_file_has_its_checksum_and_the_bytes_are_stable(tmp_path: Path) -> None:
