@@ -194,6 +194,11 @@ def choose_device(name: DeviceName) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def device_name(device: torch.device) -> str:
+    """What a GPU's driver calls it; ``cpu`` for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def device_memory(device: torch.device) -> int | None:
     """Bytes of a GPU's memory; None for a CPU, which has what the machine has."""
     if device.type != "cuda":

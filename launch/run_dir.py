@@ -25,10 +25,16 @@ RECORDED_PACKAGES = (
 )
 
 
-def record_run(folder: Path, config: Any) -> None:
-    """Writes the resolved config and the environment into the run folder."""
+def record_run(folder: Path, config: Any, hardware: Mapping[str, Any] | None = None) -> None:
+    """Writes the resolved config and the environment into the run folder.
+
+    Args:
+        folder: of the run.
+        config: of it.
+        hardware: what it runs on, beside the versions.
+    """
     write_text(folder / "config.yaml", to_yaml(config))
-    write_json(folder / "environment.json", describe_environment())
+    write_json(folder / "environment.json", {**describe_environment(), **(hardware or {})})
 
 
 def changes_since(folder: Path, config: Any, may_change: frozenset[str]) -> list[str]:

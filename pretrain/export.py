@@ -65,8 +65,21 @@ def card_at(run: PretrainConfig, state: TrainState) -> EncoderCard:
     )
 
 
-def export(config: ExportConfig) -> None:
-    """Exports a checkpoint of a run; of the newest that is whole, where none is named.
+@dataclass(frozen=True)
+class Exported:
+    """What an export is made of."""
+
+    run: PretrainConfig
+    state: TrainState
+    teacher: dict[str, Tensor]
+
+    def card(self, licence: str = "", sections: dict[str, str] | None = None) -> EncoderCard:
+        """What the encoder says about itself."""
+        return replace(card_at(self.run, self.state), licence=licence, sections=sections or {})
+
+
+def read_export(config: ExportConfig) -> Exported:
+    """The checkpoint of a run that is to be exported; the newest whole one, where none is named.
 
     Raises:
         InputError: the folder holds no run, or no such checkpoint.
@@ -77,15 +90,18 @@ def export(config: ExportConfig) -> None:
     run = load_config(PretrainConfig, [config.run / "config.yaml"])
     for path in _asked_for(config):
         try:
-            state, teacher = read_state(path), read_tensors(path, TEACHER_PREFIX)
-            break
+            return Exported(run, read_state(path), read_tensors(path, TEACHER_PREFIX))
         except DamagedCheckpointError as error:
             print(f"passed over a damaged checkpoint: {path.name}: {error}")
-    else:
-        raise EosinError(f"no whole checkpoint in {config.run / 'checkpoints'}")
+    raise EosinError(f"no whole checkpoint in {config.run / 'checkpoints'}")
+
+
+def export(config: ExportConfig) -> None:
+    """Exports a checkpoint of a run, without what a release adds. See `read_export`."""
+    found = read_export(config)
     out = config.out or config.run / "encoder"
-    write_encoder(out, run.model, teacher, card_at(run, state))
-    print(f"encoder after {state.step} steps: {out}")
+    write_encoder(out, found.run.model, found.teacher, found.card())
+    print(f"encoder after {found.state.step} steps: {out}")
 
 
 def _asked_for(config: ExportConfig) -> list[Path]:

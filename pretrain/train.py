@@ -15,7 +15,14 @@ from eosin.data_curation.shard_reader import ShardReader
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
 from eosin.launch.host_memory import keep_freed_memory
 from eosin.launch.preflight import preflight
-from eosin.launch.process import World, choose_device, choose_precision, join_world, usable_cores
+from eosin.launch.process import (
+    World,
+    choose_device,
+    choose_precision,
+    device_name,
+    join_world,
+    usable_cores,
+)
 from eosin.launch.run_dir import record_run
 from eosin.launch.signals import StopRequests
 from eosin.launch.status import Status
@@ -104,7 +111,7 @@ def run(
     checkpoints = Checkpoints(out / "checkpoints", config.checkpoints, world)
     state = resume(t, checkpoints, data)
     if world.leads:
-        record_run(out, config)
+        record_run(out, config, {"device": device_name(device), "ranks": world.size})
     status = Status(out, world)
     world.tell(f"{t.choices}, {len(reader)} records, step {state.step} of {config.steps}")
     if world.size > 1 and config.preflight.enabled:
