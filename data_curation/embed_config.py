@@ -34,9 +34,10 @@ class EmbedOptions:
     encoder: str = ""
     """A folder of ours or timm's, a run folder, ``timm:NAME``, ``timm:hf-hub:ORG/NAME``,
     ``published:NAME`` (uni, uni2-h, virchow, virchow2, h-optimus-0, h-optimus-1, h0-mini,
-    prov-gigapath, midnight-12k, phikon-v2), ``published:NAME:FOLDER`` of a download, or
-    ``builtin:stain-texture``, which needs no weights; ``@cls``, ``@mean``, ``@clsmean`` or
-    ``@native`` behind it chooses the pooling."""
+    prov-gigapath, midnight-12k, phikon-v2, hibou-b, hibou-l, genbio-pathfm),
+    ``published:NAME:FOLDER`` of a download, or ``builtin:stain-texture``, which needs no weights;
+    ``@cls``, ``@mean``, ``@clsmean``, ``@native``, ``@cls4`` (class tokens of the last four blocks)
+    or ``@tokens`` (class token and all patch tokens) behind it chooses the pooling."""
     batch_size: int = 64
     """Tiles a forward pass. Another one may change features in their last bits."""
     threads: int = 0

@@ -45,7 +45,7 @@ MANY_BLOCKS = 4096
 FAILED_NAME = "failed.parquet"
 _PARTS = ".parts"
 _TRIED = 32  # tiles that a plan embeds
-_WAIT_S = 24 * 3600.0  # for the other ranks: one may have slower slides
+WAIT_S = 24 * 3600.0  # for the other ranks: one may have slower slides
 
 
 def embed(config: EmbedConfig) -> None:
@@ -57,24 +57,29 @@ def embed(config: EmbedConfig) -> None:
             the store.
     """
     device = choose_device(config.device)
-    with join_world(device, timeout_s=_WAIT_S) as world:
-        source = open_source(config)
-        encoder = load_normalised(config.encoder, device, config.normalise)
-        dtype = choose_precision(config.precision, device)
-        stamp = stamp_for(config, encoder, source, dtype)
-        started, done_before = time.monotonic(), has_features(config.out, stamp)
-        if not done_before:
-            _prepare_parts(config.out, stamp, world)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                _compute(config, source, encoder, world)
-            world.barrier()
-            if world.leads:
-                _join(config, source, encoder, stamp)
-        if world.leads:
-            shutil.rmtree(config.out / _PARTS, ignore_errors=True)
+    with join_world(device, timeout_s=WAIT_S) as world:
+        embed_among(config, device, world)
+
+
+def embed_among(config: EmbedConfig, device: torch.device, world: World) -> None:
+    """`embed`, on one of the processes that share the work."""
+    source = open_source(config)
+    encoder = load_normalised(config.encoder, device, config.normalise)
+    dtype = choose_precision(config.precision, device)
+    stamp = stamp_for(config, encoder, source, dtype)
+    started, done_before = time.monotonic(), has_features(config.out, stamp)
+    if not done_before:
+        _prepare_parts(config.out, stamp, world)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            _compute(config, source, encoder, world)
         world.barrier()
         if world.leads:
-            _conclude(config, source, encoder, None if done_before else started)
+            _join(config, source, encoder, stamp)
+    if world.leads:
+        shutil.rmtree(config.out / _PARTS, ignore_errors=True)
+    world.barrier()
+    if world.leads:
+        _conclude(config, source, encoder, None if done_before else started)
 
 
 def plan(config: EmbedConfig) -> str:
@@ -243,6 +248,7 @@ def _join(config: EmbedConfig, source: TileSource, encoder: Encoder, stamp: str)
             "encoder_digest": encoder.digest,
             "transform_digest": encoder.transform_digest,
             "pooling": encoder.pooling,
+            "token_grid": encoder.token_grid,
             "failed": len(failed),
         },
     )

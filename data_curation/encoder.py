@@ -21,7 +21,12 @@ from torch import Tensor
 from eosin.configs.errors import InputError
 from eosin.data_curation.converted_encoders import CONVERTED, Converted, load_converted
 from eosin.data_curation.descriptors import HISTOGRAM_BINS, colour_histogram, mean_colour
-from eosin.data_curation.encoder_interface import Encoder, Tiles, digest_of_weights
+from eosin.data_curation.encoder_interface import (
+    Encoder,
+    EncoderTokens,
+    Tiles,
+    digest_of_weights,
+)
 from eosin.data_curation.published_encoders import PUBLISHED, Published, load_published
 from eosin.data_curation.python_encoder import load_python
 from eosin.data_curation.stain_texture import DIM as STAIN_TEXTURE_DIM
@@ -31,10 +36,14 @@ from eosin.data_curation.tile_print import VERSION as PRINT_VERSION
 from eosin.data_curation.tile_print import tile_print
 from eosin.data_curation.torchvision_import import import_timm
 from eosin.launch.artefacts import stamp_of
+from eosin.launch.process import choose_device
 
-POOLINGS = ("cls", "mean", "clsmean", "native")
+POOLINGS = ("cls", "mean", "clsmean", "native", "cls4", "tokens")
 """Class token; mean of the patch tokens; both, one behind the other; what the network itself
-feeds its classifier (the only choice where there are no tokens)."""
+feeds its classifier (the only choice where there are no tokens); class tokens of the last four
+blocks, the last one last; class token and all patch tokens, row by row."""
+LAST_BLOCKS = [-4, -3, -2, -1]
+"""Whose class tokens ``cls4`` takes."""
 
 _LAYER_SCALES = ("gamma", "gamma_1", "gamma_2")
 """What timm's networks call the parameters of LayerScale."""
@@ -116,7 +125,10 @@ class NetworkEncoder(Encoder):
         width_out = model.num_features
         if self.pooling == "native":
             width_out = getattr(model, "head_hidden_size", None) or width_out
-        self.dim = width_out * (2 if self.pooling == "clsmean" else 1)
+        self.dim = width_out * {"clsmean": 2, "cls4": 4}.get(self.pooling, 1)
+        if self.pooling == "tokens":
+            rows, columns = (height // px for px in model.patch_embed.patch_size)
+            self.token_grid, self.dim = (rows, columns), width_out * (1 + rows * columns)
         self.transform_digest = stamp_of(transform=config)
         weights = digest_of_weights(model)
         architecture = str(model.pretrained_cfg.get("architecture"))
@@ -135,9 +147,51 @@ class NetworkEncoder(Encoder):
     def forward(self, prepared: Sequence[Tensor]) -> npt.NDArray[np.float32]:
         """Features [B, D] of tiles from `prepare`, in float32."""
         with torch.inference_mode():
-            pooled = self._pool(self._run(prepared))
+            pooled = self._pool(self._normalised(prepared))
         features: npt.NDArray[np.float32] = pooled.float().cpu().numpy()
         return features
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """One RGB picture, resized, cropped and normalised, fp32 [3, input_px, input_px]."""
+        pixels = self.prepare(np.asarray(image.convert("RGB")))
+        return (pixels / 255 - self._mean.cpu()) / self._std.cpu()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features [B, D], fp32, where the network is, of images [B, 3, H, W] from `transform`."""
+        with torch.inference_mode():
+            return self._pool(images.to(self._device)).float()
+
+    def tokens(self, images: Tensor, layers: Sequence[int] = ()) -> EncoderTokens:
+        """All tokens of images from `transform`.
+
+        Args:
+            images: [B, 3, H, W].
+            layers: blocks whose patch tokens are wanted as well, from 0 or, negative, from the end;
+                after the final norm.
+
+        Raises:
+            InputError: the network has no tokens.
+        """
+        model, prefix = self._model, getattr(self._model, "num_prefix_tokens", None)
+        if prefix is None:
+            raise InputError(f"encoder {self.name} has no patch tokens")
+        with torch.inference_mode():
+            given = images.to(self._device)
+            found = model.forward_features(given).float()  # [B, N, D]
+            rows = images.shape[2] // model.patch_embed.patch_size[0]
+            patches = found[:, prefix:]
+            between = ()
+            if layers:
+                between = tuple(
+                    layer.float().unflatten(1, (rows, -1))
+                    for layer in model.forward_intermediates(
+                        given, indices=list(layers), norm=True, output_fmt="NLC",
+                        intermediates_only=True,
+                    )
+                )  # fmt: skip
+        return EncoderTokens(
+            found[:, 0], patches.mean(dim=1), patches.unflatten(1, (rows, -1)), between
+        )
 
     def patch_tokens(self, tiles: Tiles) -> npt.NDArray[np.float32]:
         """Patch tokens [B, rows, columns, D] of tiles, without class and register tokens.
@@ -149,7 +203,8 @@ class NetworkEncoder(Encoder):
         if prefix is None:
             raise InputError(f"encoder {self.name} has no patch tokens")
         with torch.inference_mode():
-            tokens = self._run([self.prepare(tile) for tile in tiles])[:, prefix:]  # [B, N, D]
+            given = self._normalised([self.prepare(tile) for tile in tiles])
+            tokens = self._model.forward_features(given)[:, prefix:]  # [B, N, D]
         side = round(tokens.shape[1] ** 0.5)  # inputs are square
         grid: npt.NDArray[np.float32] = tokens.unflatten(1, (side, side)).float().cpu().numpy()
         return grid
@@ -178,19 +233,28 @@ class NetworkEncoder(Encoder):
             self._preprocessing,
         )
 
-    def _run(self, prepared: Sequence[Tensor]) -> Tensor:
-        """The network's feature tokens [B, N, D] or map."""
+    def _normalised(self, prepared: Sequence[Tensor]) -> Tensor:
+        """The network's input [B, 3, H, W]."""
         batch = torch.stack(list(prepared)).to(self._device, torch.float32)
         # The same operations in the same order as ToTensor and Normalize: equal to the bit.
-        batch = batch.div_(255).sub_(self._mean).div_(self._std)
-        features: Tensor = self._model.forward_features(batch)
-        return features
+        return batch.div_(255).sub_(self._mean).div_(self._std)
 
-    def _pool(self, tokens: Tensor) -> Tensor:
+    def _pool(self, images: Tensor) -> Tensor:
+        """Features [B, D] of the network's input."""
         model = self._model
+        if self.pooling == "cls4":
+            between = model.forward_intermediates(
+                images, indices=LAST_BLOCKS, norm=True, output_fmt="NLC", intermediates_only=True,
+                return_prefix_tokens=True,
+            )  # fmt: skip
+            return torch.cat([prefix[:, 0] for _, prefix in between], dim=1)
+        tokens: Tensor = model.forward_features(images)  # [B, N, D], or a map
         if self.pooling == "native":
             native: Tensor = model.forward_head(tokens, pre_logits=True)
             return native
+        if self.pooling == "tokens":
+            patches = tokens[:, model.num_prefix_tokens :]
+            return torch.cat([tokens[:, :1], patches], dim=1).flatten(1)
         parts = []
         if self.pooling in ("cls", "clsmean"):
             parts.append(tokens[:, 0])
@@ -202,7 +266,10 @@ class NetworkEncoder(Encoder):
 
 
 def load_encoder(
-    spec: str, device: torch.device, pooling: str | None = None, input_px: int | None = None
+    spec: str,
+    device: torch.device | None = None,
+    pooling: str | None = None,
+    input_px: int | None = None,
 ) -> Encoder:
     """The encoder that `spec` names.
 
@@ -213,8 +280,8 @@ def load_encoder(
             `published_encoders` and `converted_encoders`; ``python:MODULE:FUNCTION``, see
             `python_encoder`; ``builtin:stain-texture``, ``builtin:mean-colour``,
             ``builtin:colour-histogram`` or ``builtin:tile-print``. A suffix ``@cls``, ``@mean``,
-            ``@clsmean`` or ``@native`` chooses the pooling.
-        device: where the network runs.
+            ``@clsmean``, ``@native``, ``@cls4`` or ``@tokens`` chooses the pooling.
+        device: where the network runs; None: a GPU where there is one.
         pooling: one of `POOLINGS`; else the suffix, else what the folder's config states under
             ``{"eosin": {"pooling": …}}``, else what the network's own head uses.
         input_px: side of the network's input instead of its own, where it takes others.
@@ -222,6 +289,7 @@ def load_encoder(
     Raises:
         InputError: no such encoder, or a folder that does not hold one.
     """
+    device = device or choose_device("auto")
     source, at, suffix = spec.rpartition("@")
     if at and suffix in POOLINGS:
         spec, pooling = source, pooling or suffix
@@ -343,7 +411,7 @@ def _resolve_pooling(model: Any, pooling: str | None, name: str) -> str:
         return "mean" if pooling == "cls" and not has_cls else pooling
     if pooling != "native" and not has_tokens:
         raise InputError(f"encoder {name} has no tokens: its pooling is 'native', not '{pooling}'")
-    if pooling in ("cls", "clsmean") and not has_cls:
+    if pooling in ("cls", "clsmean", "cls4", "tokens") and not has_cls:
         raise InputError(f"encoder {name} has no class token: choose @mean, not @{pooling}")
     return pooling
 

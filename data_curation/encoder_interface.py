@@ -5,6 +5,7 @@ Shapes: B tiles, D features.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,25 @@ from torch import Tensor
 
 Tiles = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
 """RGB tiles [H, W, 3], of any and of different sizes, or one array [B, H, W, 3]."""
+
+
+@dataclass(frozen=True)
+class EncoderTokens:
+    """All that a network says of tiles, by the names that readers of it use."""
+
+    cls: Tensor
+    """Class tokens after the final norm [B, D]."""
+    patch_mean: Tensor
+    """Mean of the patch tokens [B, D]."""
+    patch_tokens: Tensor
+    """[B, rows, columns, D], without class and register tokens, after the final norm."""
+    layers: tuple[Tensor, ...] = ()
+    """Patch tokens of the layers that were asked for, likewise."""
+
+    @property
+    def cls_patch_mean(self) -> Tensor:
+        """Class token and mean of the patch tokens, one behind the other [B, 2 · D]."""
+        return torch.cat([self.cls, self.patch_mean], dim=1)
 
 
 class Encoder(ABC):
@@ -36,6 +56,8 @@ class Encoder(ABC):
     """Side of the square that the network sees; None where tiles are taken as they are."""
     has_twin: bool = True
     """Whether `random_twin` can be had."""
+    token_grid: tuple[int, int] | None = None
+    """Rows and columns of patch tokens behind the class token in its features; None: no tokens."""
 
     @abstractmethod
     def prepare(self, tile: npt.NDArray[np.uint8]) -> Tensor:

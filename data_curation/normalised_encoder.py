@@ -23,6 +23,7 @@ class NormalisedEncoder(Encoder):
         self._network, self._normaliser, self._device = network, normaliser, device
         self.name = f"{network.name}-{normaliser.method}"
         self.dim, self.pooling, self.input_px = network.dim, network.pooling, network.input_px
+        self.token_grid, self.has_twin = network.token_grid, network.has_twin
         self.mean, self.std = network.mean, network.std
         moved = normaliser.digest
         self.digest = stamp_of(network=network.digest, normaliser=moved)

@@ -88,6 +88,7 @@ class ConditionedEncoder(Encoder):
         self._encoder, self._condition = encoder, condition
         self.name = f"{encoder.name}-{condition}"
         self.dim, self.pooling, self.input_px = encoder.dim, encoder.pooling, encoder.input_px
+        self.token_grid, self.has_twin = encoder.token_grid, encoder.has_twin
         self.mean, self.std = encoder.mean, encoder.std
         self.digest = stamp_of(encoder=encoder.digest, condition=condition, version=VERSION)
         self.transform_digest = stamp_of(

@@ -92,6 +92,14 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         ranks=True,
     ),
+    "extract": Verb(
+        "eosin.data_curation.extract",
+        "ExtractConfig",
+        "extract",
+        "slides to one file of features each, for slide-level code: h5 as TRIDENT and CLAM, …",
+        "eosin extract slides=/data/slides encoder=my_encoder out=features tile.mpp=0.5",
+        ranks=True,
+    ),
     "cluster": Verb(
         "eosin.data_curation.cluster",
         "ClusterConfig",

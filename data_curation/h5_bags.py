@@ -1,0 +1,48 @@
+"""Features of a slide as HDF5, in the keys that slide-level code in circulation reads.
+
+``features`` [N, D] and ``coords`` [N, 2] (level-0 pixels, top left) are what TRIDENT and CLAM
+write, and what MOOZY, TITAN, GigaPath, CARE, MADELEINE, PRISM and CHIEF are run on; the attributes
+of both stand on ``coords``. The bytes depend on the values alone.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+ON_FEATURES = ("name", "encoder", "encoder_digest", "transform_digest", "pooling")
+
+
+def write_h5(
+    path: Path,
+    features: npt.NDArray[np.floating],
+    patch_tokens: npt.NDArray[np.floating] | None,
+    coords: npt.NDArray[np.int64],
+    attributes: Mapping[str, Any],
+) -> None:
+    """Writes one slide.
+
+    Args:
+        path: of the file.
+        features: [N, D].
+        patch_tokens: [N, rows, columns, D]; None: no such key.
+        coords: [N, 2].
+        attributes: of tiles and encoder; those that are None are left out, as nobody reads them
+            alike.
+    """
+    known = {name: value for name, value in attributes.items() if value is not None}
+    with h5py.File(path, "w", libver="v108", track_order=False) as file:
+        arrays: dict[str, npt.NDArray[Any]] = {"features": features, "coords": coords}
+        if patch_tokens is not None:
+            arrays["patch_tokens"] = patch_tokens
+        made = {
+            name: file.create_dataset(name, data=values, track_times=False)
+            for name, values in arrays.items()
+        }
+        for name, value in known.items():
+            made["coords"].attrs[name] = value
+            if name in ON_FEATURES:
+                made["features"].attrs[name] = value

@@ -1,0 +1,196 @@
+"""Features per slide, read back as others' code reads them."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from eosin.configs.errors import InputError
+from eosin.data_curation.embed_config import EmbedOptions
+from eosin.data_curation.encoder import NetworkEncoder, load_encoder
+from eosin.data_curation.extract import ExtractConfig, extract
+from eosin.data_curation.manifest import TILES, read_table
+from eosin.data_curation.slide import Slide
+from eosin.data_curation.tiles import TileOptions
+
+CPU = torch.device("cpu")
+EMBED = EmbedOptions(device="cpu", batch_size=4, threads=1)
+
+
+@pytest.fixture(scope="module")
+def slides(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_slide: Callable[..., Path],
+    tissue_pixels: NDArray[np.uint8],
+) -> Path:
+    """Two slides at 0.5 µm/px."""
+    folder = tmp_path_factory.mktemp("slides")
+    write_slide(folder / "a.tiff", [tissue_pixels], mpp=(0.5, 0.5))
+    write_slide(folder / "b.tiff", [tissue_pixels[:, ::-1].copy()], mpp=(0.5, 0.5))
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path: Path, write_encoder_folder: Callable[..., Path]) -> Path:
+    return write_encoder_folder(tmp_path / "encoder" / "net", depth=2)
+
+
+def config_of(slides: Path, encoder: str, out: Path, **options: Any) -> ExtractConfig:
+    tile = TileOptions(mpp=1.0, size_px=64, workers=1)
+    return ExtractConfig(slides=slides, encoder=encoder, out=out, tile=tile, embed=EMBED, **options)
+
+
+def test_h5_is_read_as_clam_and_trident_read_it(
+    slides: Path, encoder: Path, tmp_path: Path
+) -> None:
+    extract(config_of(slides, str(encoder), tmp_path))
+    # CLAM, dataset_modules/dataset_h5.py and models: features and coords, from numpy to torch
+    with h5py.File(tmp_path / "h5" / "a.h5", "r") as file:
+        features, coords = torch.from_numpy(file["features"][:]), file["coords"][:]
+        attributes = dict(file["coords"].attrs)
+        name = file["features"].attrs["encoder"]
+    assert features.dtype == torch.float32 and coords.dtype == np.int64
+    assert torch.nn.Linear(features.shape[1], 2)(features).shape == (len(coords), 2)
+    # TRIDENT: geometry by the attributes of coords
+    assert attributes["patch_size"] == 64 and attributes["patch_size_level0"] == 128
+    assert attributes["level0_magnification"] == 20 and attributes["target_magnification"] == 10
+    assert attributes["overlap"] == 0 and attributes["level0_width"] == 512
+    assert (attributes["patch_level"], list(attributes["downsample"])) == (0, [2.0, 2.0])
+    net = load_encoder(str(encoder), CPU)
+    assert (name, attributes["pooling"]) == (net.name, net.pooling)
+    assert attributes["encoder_digest"] == net.digest
+    with Slide(slides / "a.tiff") as slide:
+        for (x, y), row in zip(coords.tolist(), features.numpy(), strict=True):
+            tile = slide.read_tile(x, y, 64, 1.0)
+            np.testing.assert_allclose(row, net.embed([tile])[0], atol=2e-2, rtol=2e-3)
+    cells = read_table(tmp_path / "tiles" / "tiles.parquet", TILES).to_pylist()
+    kept = [c for c in cells if c["slide_id"] == "a" and c["status"] == "ok"]
+    assert len(kept) == len(coords)
+
+
+def test_parquet_and_zarr_hold_the_same(slides: Path, encoder: Path, tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    extract(config_of(slides, str(encoder), tmp_path, layouts=["h5", "parquet", "zarr"]))
+    with h5py.File(tmp_path / "h5" / "b.h5", "r") as file:
+        features, coords = file["features"][:], file["coords"][:]
+    table = pq.read_table(tmp_path / "parquet" / "b.parquet")
+    np.testing.assert_array_equal(np.stack(table["features"].to_numpy()), features)
+    np.testing.assert_array_equal(np.stack([table["x"], table["y"]], axis=1), coords)
+    assert table.schema.metadata[b"pooling"] == b"cls"
+    group = zarr.open_group(str(tmp_path / "zarr" / "b.zarr"), mode="r")
+    np.testing.assert_array_equal(group["features"][:], features)
+    np.testing.assert_array_equal(group["coords"][:], coords)
+    assert group.attrs["tile_ids"] == table["tile_id"].to_pylist()
+
+
+def test_patch_tokens_stand_under_a_key_of_their_own(
+    slides: Path, encoder: Path, tmp_path: Path
+) -> None:
+    extract(config_of(slides, f"{encoder}@tokens", tmp_path / "t"))
+    extract(config_of(slides, f"{encoder}@cls", tmp_path / "c"))
+    with h5py.File(tmp_path / "t" / "h5" / "a.h5", "r") as file:
+        features, tokens, coords = (file[k][:] for k in ("features", "patch_tokens", "coords"))
+    with h5py.File(tmp_path / "c" / "h5" / "a.h5", "r") as file:
+        np.testing.assert_array_equal(features, file["features"][:])
+    net = load_encoder(str(encoder), CPU)
+    assert isinstance(net, NetworkEncoder)
+    with Slide(slides / "a.tiff") as slide:
+        grid = net.patch_tokens([slide.read_tile(*coords[0].tolist(), 64, 1.0)])[0]
+    assert tokens.shape == (len(coords), *grid.shape)
+    np.testing.assert_allclose(tokens[0], grid, atol=2e-2, rtol=2e-3)
+
+
+def test_half_precision_and_tiles_that_are_there_already(
+    slides: Path, encoder: Path, tmp_path: Path
+) -> None:
+    extract(config_of(slides, str(encoder), tmp_path / "a"))
+    extract(
+        ExtractConfig(
+            tiles=tmp_path / "a" / "tiles", encoder=str(encoder), out=tmp_path / "b", embed=EMBED,
+            dtype="float16",
+        )
+    )  # fmt: skip
+    with h5py.File(tmp_path / "b" / "h5" / "a.h5", "r") as file:
+        half = file["features"][:]
+        assert "overlap" not in file["coords"].attrs
+    with h5py.File(tmp_path / "a" / "h5" / "a.h5", "r") as file:
+        np.testing.assert_array_equal(half.astype(np.float32), file["features"][:])
+    assert half.dtype == np.float16
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((folder / "h5").glob("*.h5"))}
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(
+    slides: Path, encoder: Path, tmp_path: Path
+) -> None:
+    extract(config_of(slides, str(encoder), tmp_path / "whole"))
+    command = [
+        sys.executable, "-m", "eosin.launch.cli", "extract", f"slides={slides}",
+        f"encoder={encoder}", f"out={tmp_path / 'killed'}", "tile.mpp=1.0", "tile.size_px=64",
+        "tile.workers=1", "embed.device=cpu", "embed.batch_size=4", "embed.threads=1",
+    ]  # fmt: skip
+    store = tmp_path / "killed" / "store"
+    for reached in (tmp_path / "killed" / "tiles" / "tiles.parquet", store / "features.npy"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not reached.exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "(0 files written now)" in again.stdout
+    (tmp_path / "killed" / "h5" / "a.h5").unlink()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_what_cannot_be_extracted_is_one_line(slides: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give slides, or tiles"):
+        ExtractConfig(encoder="x", out=tmp_path)
+    with pytest.raises(InputError, match="no encoder"):
+        extract(config_of(slides, str(tmp_path / "none"), tmp_path / "out"))
+
+
+def test_three_lines_of_python(encoder: Path) -> None:
+    """load_encoder, encoder.transform, encoder(images); and all tokens by name."""
+    from PIL import Image
+
+    net = load_encoder(str(encoder), CPU)
+    assert isinstance(net, NetworkEncoder)
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 80, 70, 3), dtype=np.uint8)
+    images = torch.stack([net.transform(Image.fromarray(tile)) for tile in tiles])
+    np.testing.assert_array_equal(net(images).numpy(), net.embed(tiles))
+    found = net.tokens(images, layers=[-2, -1])
+    torch.testing.assert_close(found.cls, net(images))
+    grid = torch.from_numpy(net.patch_tokens(tiles))
+    torch.testing.assert_close(found.patch_tokens, grid)
+    torch.testing.assert_close(found.patch_mean, grid.flatten(1, 2).mean(1))
+    torch.testing.assert_close(found.layers[1], grid)
+    assert found.layers[0].shape == grid.shape and not torch.equal(found.layers[0], grid)
+    assert found.cls_patch_mean.shape == (2, 2 * found.cls.shape[1])
+
+
+def test_class_tokens_of_the_last_four_blocks(
+    tmp_path: Path, write_encoder_folder: Callable[..., Path]
+) -> None:
+    folder = write_encoder_folder(tmp_path / "net", depth=5)
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    four, last = load_encoder(f"{folder}@cls4", CPU), load_encoder(f"{folder}@cls", CPU)
+    features = four.embed(tiles)
+    assert features.shape[1] == 4 * last.dim == four.dim
+    np.testing.assert_allclose(features[:, -last.dim :], last.embed(tiles), atol=1e-5)
