@@ -151,6 +151,11 @@ class NetworkEncoder(Encoder):
         features: npt.NDArray[np.float32] = pooled.float().cpu().numpy()
         return features
 
+    @property
+    def network(self) -> Any:
+        """The network of timm."""
+        return self._model
+
     def transform(self, image: Image.Image) -> Tensor:
         """One RGB picture, resized, cropped and normalised, fp32 [3, input_px, input_px]."""
         pixels = self.prepare(np.asarray(image.convert("RGB")))

@@ -176,6 +176,13 @@ VERBS: dict[str, Verb] = {
         "eosin weights /data/dinov2_vitl14_reg4_pretrain.pth",
         positional="source",
     ),
+    "explain": Verb(
+        "eosin.eval.explain",
+        "ExplainConfig",
+        "explain",
+        "what an encoder sees on a slide: patch tokens as colours, attention, nearest tiles",
+        "eosin explain encoder=my_encoder tiles=curated slide=CMU-1 out=pictures",
+    ),
     "export": Verb(
         "eosin.eval.release",
         "ReleaseConfig",
