@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from eosin.configs.errors import InputError
 from eosin.data_curation.torchvision_import import import_timm
 from eosin.data_curation.weight_files import Weights
@@ -65,11 +63,10 @@ def facts_of(weights: Weights, layout: str, width: int) -> Facts:
 
 def _of_timm(weights: Weights, config: Mapping[str, Any]) -> Facts:
     timm = import_timm()
-    arguments = {**config.get("model_args", {}), "num_classes": 0}
+    arguments = {**config.get("model_args", {}), "num_classes": 0, "depth": 1}  # as all blocks are
     data = config.get("pretrained_cfg", {})
     try:
-        with torch.device("meta"):
-            model = timm.create_model(str(config["architecture"]), pretrained=False, **arguments)
+        model = timm.create_model(str(config["architecture"]), pretrained=False, **arguments)
         block = model.blocks[0]
         return Facts(
             heads=int(block.attn.num_heads),

@@ -156,8 +156,10 @@ def write_encoder(
         config = timm_config(model, card, drift)
         write_text(partial / "config.json", json.dumps(config, indent=1) + "\n")
         write_text(partial / "README.md", model_card(model, card, any_size(model), drift))
-        Image.fromarray(tile).save(partial / "golden.png")
-        save_tensors(partial / "golden.safetensors", golden)
+        (partial / "golden").mkdir()
+        Image.fromarray(tile).save(partial / "golden" / "tile.png")
+        # not beside the weights: timm 1.0.20 fails where a folder has two files of tensors
+        save_tensors(partial / "golden" / "features.safetensors", golden)
         if "transformers" in forms:
             write_transformers(partial / "transformers", model, state, card)
         if "onnx" in forms:

@@ -68,7 +68,8 @@ features = encoder(transform(tile)[None])  # [1, {model.width}]
 {sections}
 ## Checking an installation
 
-`golden.png` is a drawn tile; `golden.safetensors` holds what the transform makes of it (`input`)
-and its features in fp32: `cls`, and `mean` of the patch tokens. `SHA256SUMS` covers every file.
+`golden/tile.png` is a drawn tile; `golden/features.safetensors` holds what the transform makes of
+it (`input`) and its features in fp32: `cls`, and `mean` of the patch tokens. `SHA256SUMS` covers
+every file.
 `eosin export verify THIS_FOLDER` checks all of it here, and says which stage differs.
 """

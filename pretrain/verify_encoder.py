@@ -93,8 +93,8 @@ def check_encoder(folder: Path) -> Iterator[Finding]:
     tensors = len(model.state_dict())
     yield Finding("loading", True, f"bare timm loads it, strictly ({tensors} tensors)")
     try:
-        golden = load_file(folder / "golden.safetensors")
-        with Image.open(folder / "golden.png") as picture:
+        golden = load_file(folder / "golden" / "features.safetensors")
+        with Image.open(folder / "golden" / "tile.png") as picture:
             tile = picture.convert("RGB")
         expected = {name: golden[name] for name in ("input", "cls", "mean")}
     except (OSError, SafetensorError, KeyError) as error:

@@ -109,7 +109,7 @@ def test_killed_runs_end_with_the_same_weights_bit_for_bit(shards: Path, tmp_pat
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[k], got[k]) for k in expected)
     assert steps_logged(killed) == list(range(1, 41))
-    for name in ("model.safetensors", "golden.safetensors", "config.json"):
+    for name in ("model.safetensors", "golden/features.safetensors", "config.json"):
         one = (tmp_path / "whole" / "encoder" / name).read_bytes()
         assert one == (killed / "encoder" / name).read_bytes()
 

@@ -41,9 +41,9 @@ def encoder(tmp_path: Path) -> Path:
 def sign(folder: Path) -> None:
     """Checksums of what is there, as someone who changed it on purpose would write."""
     lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-        for path in sorted(folder.iterdir())
-        if path.name != CHECKSUMS
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != CHECKSUMS
     ]
     (folder / CHECKSUMS).write_text("".join(lines))
 
@@ -128,10 +128,10 @@ def test_a_missing_file_a_damaged_picture_and_no_encoder(encoder: Path, tmp_path
     (encoder / "README.md").unlink()
     with pytest.raises(EosinError, match="1 checks differ: files"):
         verify_encoder(VerifyEncoderConfig(encoder=encoder))
-    Image.new("RGB", (40, 40)).save(encoder / "golden.png")
+    Image.new("RGB", (40, 40)).save(encoder / "golden" / "tile.png")
     sign(encoder)
     assert "preprocessing" in wrong(encoder)
-    (encoder / "golden.png").write_bytes(b"no picture")
+    (encoder / "golden" / "tile.png").write_bytes(b"no picture")
     assert "cannot be read" in wrong(encoder)["golden"]
     with pytest.raises(InputError, match="holds no encoder of eosin"):
         verify_encoder(VerifyEncoderConfig(encoder=tmp_path))
