@@ -22,10 +22,12 @@ import pyarrow.parquet as pq
 from eosin.configs.errors import InputError
 from eosin.data_curation.embed_config import EmbedConfig, EmbedOptions
 from eosin.data_curation.embed_tiles import WAIT_S, embed_among
+from eosin.data_curation.embed_tiles import plan as plan_embed
 from eosin.data_curation.features import FeatureStore, open_features
 from eosin.data_curation.h5_bags import write_h5
 from eosin.data_curation.manifest import SLIDES, TILES, read_table
 from eosin.data_curation.tiles import TileConfig, TileOptions, tile
+from eosin.data_curation.tiles import plan as plan_tiles
 from eosin.launch.artefacts import is_done, mark_done, replacing, stamp_of
 from eosin.launch.process import choose_device, join_world
 from eosin.launch.progress import Meter
@@ -85,6 +87,17 @@ class SlideFeatures:
     """Top left corners in level-0 pixels, x and y, [N, 2], rounded."""
     attributes: dict[str, Any]
     """Of the tiles and the encoder; None is left out."""
+
+
+def plan(config: ExtractConfig) -> str:
+    """What `extract` would do: the tiling, or, where that is done, the features and their time."""
+    layouts = f"then a file a slide in {', '.join(config.layouts)} → {config.out}"
+    if config.slides is not None and not (config.out / "tiles" / "tiles.parquet").is_file():
+        tiling = TileConfig(slides=config.slides, out=config.out / "tiles", **config.tile.__dict__)
+        return f"{plan_tiles(tiling)}\nthen features by {config.encoder}, {layouts}"
+    options = {**config.embed.__dict__, "encoder": config.encoder}
+    tiles = config.tiles or config.out / "tiles"
+    return f"{plan_embed(EmbedConfig(tiles=tiles, out=config.out / 'store', **options))}\n{layouts}"
 
 
 def extract(config: ExtractConfig) -> None:

@@ -98,6 +98,7 @@ VERBS: dict[str, Verb] = {
         "extract",
         "slides to one file of features each, for slide-level code: h5 as TRIDENT and CLAM, …",
         "eosin extract slides=/data/slides encoder=my_encoder out=features tile.mpp=0.5",
+        plan="plan",
         ranks=True,
     ),
     "cluster": Verb(

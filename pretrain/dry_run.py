@@ -35,9 +35,23 @@ def plan(config: PretrainConfig) -> str:
         f"{mixture_lines(order, config.mixture.column)}"
         f"encoder {backbone / 1e6:.1f} M parameters, with heads {total / 1e6:.1f} M; one process "
         f"takes {step.peak.total / 2**30:.2f} GiB at its peak ('eosin plan' tells of more)\n"
+        f"{_source(config)}"
         f"checkpoints of {step.state_bytes / 2**30:.2f} GiB every {config.checkpoints.every} "
         f"steps, {config.checkpoints.keep} kept, in {config.out}"
     )
+
+
+def _source(config: PretrainConfig) -> str:
+    """From what it starts and of whom it learns, where that is not the usual."""
+    start, lines = config.start, []
+    if start.given:
+        lines.append(f"from {start.weights or start.run}, frozen for {start.frozen_steps} steps")
+    if config.teacher.run is not None:
+        lines.append(
+            f"learns from the frozen {config.teacher.run}, whose memory and time come on top of "
+            "what is said here"
+        )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def mixture_lines(order: Order, column: str) -> str:

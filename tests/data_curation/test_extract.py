@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from eosin.configs.errors import InputError
 from eosin.data_curation.embed_config import EmbedOptions
 from eosin.data_curation.encoder import NetworkEncoder, load_encoder
-from eosin.data_curation.extract import ExtractConfig, extract
+from eosin.data_curation.extract import ExtractConfig, extract, plan
 from eosin.data_curation.manifest import TILES, read_table
 from eosin.data_curation.slide import Slide
 from eosin.data_curation.tiles import TileOptions
@@ -110,6 +110,13 @@ def test_patch_tokens_stand_under_a_key_of_their_own(
     np.testing.assert_allclose(tokens[0], grid, atol=2e-2, rtol=2e-3)
 
 
+def test_a_plan_says_what_is_left(slides: Path, encoder: Path, tmp_path: Path) -> None:
+    config = config_of(slides, str(encoder), tmp_path)
+    assert "then features by" in plan(config) and not (tmp_path / "tiles").exists()
+    extract(config)
+    assert "features each" in plan(config) and "a file a slide in h5" in plan(config)
+
+
 def test_half_precision_and_tiles_that_are_there_already(
     slides: Path, encoder: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +139,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted((folder / "h5").glob("*.h5"))}
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     slides: Path, encoder: Path, tmp_path: Path
 ) -> None:

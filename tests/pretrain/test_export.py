@@ -147,7 +147,14 @@ def test_transformers_loads_its_form_with_equal_features(
     assert processor["image_mean"] == list(CARD.mean) and processor["size"]["shortest_edge"] == 32
 
 
-@pytest.mark.parametrize("changes", [{}, {"ffn": "swiglu"}, {"positions": "rope"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"ffn": "swiglu"}, marks=pytest.mark.slow),
+        pytest.param({"positions": "rope"}, marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_onnx_runs_any_batch_with_equal_features(
     tmp_path: Path, changes: dict[str, object]
