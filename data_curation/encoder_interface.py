@@ -80,6 +80,28 @@ class Encoder(ABC):
         return self.forward([self.prepare(tile) for tile in tiles])
 
 
+def embed_grid(
+    encoder: Encoder, region: npt.NDArray[np.uint8], rows: int, columns: int
+) -> npt.NDArray[np.float32]:
+    """Features of the parts of a region, row by row [rows · columns, D].
+
+    Args:
+        encoder: of tiles.
+        region: RGB uint8 [H, W, 3], such as 1,024 px as 4 × 4 tiles of 256.
+        rows: parts along H.
+        columns: parts along W.
+
+    Raises:
+        ValueError: its sides are no multiples of them.
+    """
+    height, width = region.shape[:2]
+    if height % rows or width % columns:
+        raise ValueError(f"a region of {height} × {width} px has no {rows} × {columns} equal parts")
+    parts = region.reshape(rows, height // rows, columns, width // columns, 3)
+    tiles = parts.transpose(0, 2, 1, 3, 4).reshape(-1, height // rows, width // columns, 3)
+    return encoder.embed(np.ascontiguousarray(tiles))
+
+
 def digest_of_weights(model: torch.nn.Module) -> str:
     """XXH3-128 of names, types, shapes and bytes of all parameters and buffers."""
     state = xxhash.xxh3_128()

@@ -23,8 +23,9 @@ from eosin.configs.errors import InputError
 from eosin.data_curation.embed_config import EmbedConfig, EmbedOptions
 from eosin.data_curation.embed_tiles import WAIT_S, embed_among
 from eosin.data_curation.embed_tiles import plan as plan_embed
+from eosin.data_curation.encoder import load_encoder
 from eosin.data_curation.features import FeatureStore, open_features
-from eosin.data_curation.h5_bags import write_h5
+from eosin.data_curation.h5_bags import write_h5, write_stamp
 from eosin.data_curation.manifest import SLIDES, TILES, read_table
 from eosin.data_curation.tiles import TileConfig, TileOptions, tile
 from eosin.data_curation.tiles import plan as plan_tiles
@@ -35,7 +36,9 @@ from eosin.launch.progress import Meter
 FORMAT = 1
 """Raised when the same features would be written otherwise."""
 
-LayoutName: TypeAlias = Literal["h5", "parquet", "zarr"]
+LayoutName: TypeAlias = Literal["h5", "stamp", "parquet", "zarr"]
+SUFFIXES = {"stamp": "h5"}
+"""Of files whose layout is not their suffix."""
 NumberName: TypeAlias = Literal["float32", "float16"]
 
 
@@ -48,13 +51,15 @@ class ExtractConfig:
     ``@mean``, ``@clsmean``, ``@cls4`` (class tokens of the last four blocks) or ``@tokens`` (class
     token, and patch tokens under a key of their own)."""
     out: Path
-    """Folder; ``h5/SLIDE.h5``, ``parquet/SLIDE.parquet``, ``zarr/SLIDE.zarr`` are made in it."""
+    """Folder; ``h5/SLIDE.h5``, ``stamp/SLIDE.h5``, ``parquet/SLIDE.parquet`` or
+    ``zarr/SLIDE.zarr`` are made in it."""
     slides: Path | None = None
     """A folder of slides, one slide, or a CSV table of slides (see `eosin tile --help`)."""
     tiles: Path | None = None
     """Instead of `slides`: a folder that `eosin tile` or `eosin curate` wrote."""
     layouts: list[LayoutName] = field(default_factory=lambda: ["h5"])
-    """h5: what TRIDENT and CLAM write; parquet: a row a tile; zarr: chunked arrays (needs zarr)."""
+    """h5: what TRIDENT and CLAM write; stamp: STAMP's, in micrometres; parquet: a row a tile; zarr:
+    chunked arrays (needs zarr)."""
     dtype: NumberName = "float32"
     """Of features in the files, which hold the float16 of the store either way: most code expects
     float32."""
@@ -70,7 +75,7 @@ class ExtractConfig:
         if self.embed.encoder not in ("", self.encoder):
             raise ValueError(f"embed.encoder={self.embed.encoder} is not encoder={self.encoder}")
         if not self.layouts:
-            raise ValueError("layouts=[]: name h5, parquet or zarr")
+            raise ValueError("layouts=[]: name h5, stamp, parquet or zarr")
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class SlideFeatures:
     """[N, rows, columns, D]"""
     coords: npt.NDArray[np.int64]
     """Top left corners in level-0 pixels, x and y, [N, 2], rounded."""
+    corners_um: npt.NDArray[np.float64]
+    """Likewise, exact, in micrometres."""
     attributes: dict[str, Any]
     """Of the tiles and the encoder; None is left out."""
 
@@ -111,6 +118,7 @@ def extract(config: ExtractConfig) -> None:
     device = choose_device(config.embed.device)
     with join_world(device, timeout_s=WAIT_S) as world:
         if world.leads and config.slides is not None:
+            load_encoder(config.encoder, device)  # a name that is none is said before the tiling
             tile(TileConfig(slides=config.slides, out=tiles, **config.tile.__dict__))
         world.barrier()
         options = {**config.embed.__dict__, "encoder": config.encoder}
@@ -165,6 +173,7 @@ def _slides(
             features=features,
             patch_tokens=patches,
             coords=np.round(corners).astype(np.int64),
+            corners_um=corners * np.array([slide["mpp_x"], slide["mpp_y"]]),
             attributes={
                 "name": slide_id,
                 "patch_size": size_px,
@@ -195,7 +204,7 @@ def _magnification(mpp: float) -> int | float:
 
 def _write(config: ExtractConfig, layout: str, found: SlideFeatures, store: str) -> int:
     """Writes a slide in one layout, where it is not there; how many files were written."""
-    path = config.out / layout / f"{found.slide_id}.{layout}"
+    path = config.out / layout / f"{found.slide_id}.{SUFFIXES.get(layout, layout)}"
     marker = config.out / layout / ".done" / f"{found.slide_id}.json"
     stamp = stamp_of(format=FORMAT, store=store, dtype=config.dtype, coords=found.coords.tolist(),
                      attributes={k: str(v) for k, v in found.attributes.items()})  # fmt: skip
@@ -206,6 +215,9 @@ def _write(config: ExtractConfig, layout: str, found: SlideFeatures, store: str)
     if layout == "h5":
         with replacing(path) as partial:
             write_h5(partial, found.features, found.patch_tokens, found.coords, found.attributes)
+    elif layout == "stamp":
+        with replacing(path) as partial:
+            write_stamp(partial, found.features, found.corners_um, found.attributes)
     elif layout == "parquet":
         with replacing(path) as partial:
             pq.write_table(_table(found), partial, compression="zstd")

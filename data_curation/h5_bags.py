@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+STAMP_VERSION = "2.3.0"
+"""Whose layout `write_stamp` has."""
 ON_FEATURES = ("name", "encoder", "encoder_digest", "transform_digest", "pooling")
 
 
@@ -46,3 +48,33 @@ def write_h5(
             made["coords"].attrs[name] = value
             if name in ON_FEATURES:
                 made["features"].attrs[name] = value
+
+
+def write_stamp(
+    path: Path,
+    features: npt.NDArray[np.floating],
+    corners_um: npt.NDArray[np.float64],
+    attributes: Mapping[str, Any],
+) -> None:
+    """Writes one slide as STAMP reads it: ``feats`` and ``coords`` in micrometres.
+
+    Args:
+        path: of the file.
+        features: [N, D].
+        corners_um: top left corners, x and y, [N, 2].
+        attributes: as for `write_h5`.
+    """
+    size_px, mpp = int(attributes["patch_size"]), float(attributes["mpp"])
+    with h5py.File(path, "w", libver="v108", track_order=False) as file:
+        file.create_dataset("feats", data=features, track_times=False)
+        file.create_dataset("coords", data=corners_um, track_times=False)
+        for name, value in {
+            "unit": "um",
+            "tile_size_um": size_px * mpp,
+            "tile_size_px": size_px,
+            "extractor": str(attributes["encoder"]),
+            "feat_type": "tile",
+            "stamp_version": STAMP_VERSION,
+            "code_hash": str(attributes["encoder_digest"]),
+        }.items():
+            file.attrs[name] = value

@@ -83,7 +83,7 @@ def run_eosin() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_encoder_folder() -> Callable[..., Path]:
     """A function that writes a folder as timm reads it: a ViT of width 32 with two registers.
 

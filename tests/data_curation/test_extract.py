@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from eosin.configs.errors import InputError
 from eosin.data_curation.embed_config import EmbedOptions
 from eosin.data_curation.encoder import NetworkEncoder, load_encoder
+from eosin.data_curation.encoder_interface import embed_grid
 from eosin.data_curation.extract import ExtractConfig, extract, plan
 from eosin.data_curation.manifest import TILES, read_table
 from eosin.data_curation.slide import Slide
@@ -40,9 +41,20 @@ def slides(
     return folder
 
 
-@pytest.fixture
-def encoder(tmp_path: Path, write_encoder_folder: Callable[..., Path]) -> Path:
-    return write_encoder_folder(tmp_path / "encoder" / "net", depth=2)
+@pytest.fixture(scope="module")
+def encoder(
+    tmp_path_factory: pytest.TempPathFactory, write_encoder_folder: Callable[..., Path]
+) -> Path:
+    return write_encoder_folder(tmp_path_factory.mktemp("encoder") / "net", depth=2)
+
+
+@pytest.fixture(scope="module")
+def done(slides: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both slides in every layout."""
+    pytest.importorskip("zarr")
+    out = tmp_path_factory.mktemp("done")
+    extract(config_of(slides, str(encoder), out, layouts=["h5", "stamp", "parquet", "zarr"]))
+    return out
 
 
 def config_of(slides: Path, encoder: str, out: Path, **options: Any) -> ExtractConfig:
@@ -50,12 +62,9 @@ def config_of(slides: Path, encoder: str, out: Path, **options: Any) -> ExtractC
     return ExtractConfig(slides=slides, encoder=encoder, out=out, tile=tile, embed=EMBED, **options)
 
 
-def test_h5_is_read_as_clam_and_trident_read_it(
-    slides: Path, encoder: Path, tmp_path: Path
-) -> None:
-    extract(config_of(slides, str(encoder), tmp_path))
+def test_h5_is_read_as_clam_and_trident_read_it(slides: Path, encoder: Path, done: Path) -> None:
     # CLAM, dataset_modules/dataset_h5.py and models: features and coords, from numpy to torch
-    with h5py.File(tmp_path / "h5" / "a.h5", "r") as file:
+    with h5py.File(done / "h5" / "a.h5", "r") as file:
         features, coords = torch.from_numpy(file["features"][:]), file["coords"][:]
         attributes = dict(file["coords"].attrs)
         name = file["features"].attrs["encoder"]
@@ -73,34 +82,47 @@ def test_h5_is_read_as_clam_and_trident_read_it(
         for (x, y), row in zip(coords.tolist(), features.numpy(), strict=True):
             tile = slide.read_tile(x, y, 64, 1.0)
             np.testing.assert_allclose(row, net.embed([tile])[0], atol=2e-2, rtol=2e-3)
-    cells = read_table(tmp_path / "tiles" / "tiles.parquet", TILES).to_pylist()
+    cells = read_table(done / "tiles" / "tiles.parquet", TILES).to_pylist()
     kept = [c for c in cells if c["slide_id"] == "a" and c["status"] == "ok"]
     assert len(kept) == len(coords)
 
 
-def test_parquet_and_zarr_hold_the_same(slides: Path, encoder: Path, tmp_path: Path) -> None:
+def test_parquet_and_zarr_hold_the_same(done: Path) -> None:
     zarr = pytest.importorskip("zarr")
-    extract(config_of(slides, str(encoder), tmp_path, layouts=["h5", "parquet", "zarr"]))
-    with h5py.File(tmp_path / "h5" / "b.h5", "r") as file:
+    with h5py.File(done / "h5" / "b.h5", "r") as file:
         features, coords = file["features"][:], file["coords"][:]
-    table = pq.read_table(tmp_path / "parquet" / "b.parquet")
+    table = pq.read_table(done / "parquet" / "b.parquet")
     np.testing.assert_array_equal(np.stack(table["features"].to_numpy()), features)
     np.testing.assert_array_equal(np.stack([table["x"], table["y"]], axis=1), coords)
     assert table.schema.metadata[b"pooling"] == b"cls"
-    group = zarr.open_group(str(tmp_path / "zarr" / "b.zarr"), mode="r")
+    group = zarr.open_group(str(done / "zarr" / "b.zarr"), mode="r")
     np.testing.assert_array_equal(group["features"][:], features)
     np.testing.assert_array_equal(group["coords"][:], coords)
     assert group.attrs["tile_ids"] == table["tile_id"].to_pylist()
 
 
+def test_stamp_reads_micrometres(done: Path) -> None:
+    """As its modeling/data.py does: feats, coords in um, and the tile's size at the root."""
+    with (
+        h5py.File(done / "stamp" / "a.h5", "r") as file,
+        h5py.File(done / "h5" / "a.h5", "r") as other,
+    ):
+        assert file.attrs["unit"] == "um" and file.attrs["tile_size_um"] == 64.0
+        assert file.attrs["tile_size_px"] == 64 and file.attrs["feat_type"] == "tile"
+        np.testing.assert_array_equal(file["feats"][:], other["features"][:])
+        np.testing.assert_allclose(file["coords"][:], other["coords"][:] * 0.5, atol=0.26)
+        steps = np.diff(np.unique(file["coords"][:, 0]))
+        np.testing.assert_allclose(steps / 64.0, np.round(steps / 64.0), atol=1e-6)
+
+
 def test_patch_tokens_stand_under_a_key_of_their_own(
-    slides: Path, encoder: Path, tmp_path: Path
+    slides: Path, encoder: Path, done: Path, tmp_path: Path
 ) -> None:
-    extract(config_of(slides, f"{encoder}@tokens", tmp_path / "t"))
-    extract(config_of(slides, f"{encoder}@cls", tmp_path / "c"))
+    options = {"encoder": f"{encoder}@tokens", "embed": EMBED}
+    extract(ExtractConfig(tiles=done / "tiles", out=tmp_path / "t", **options))
     with h5py.File(tmp_path / "t" / "h5" / "a.h5", "r") as file:
         features, tokens, coords = (file[k][:] for k in ("features", "patch_tokens", "coords"))
-    with h5py.File(tmp_path / "c" / "h5" / "a.h5", "r") as file:
+    with h5py.File(done / "h5" / "a.h5", "r") as file:
         np.testing.assert_array_equal(features, file["features"][:])
     net = load_encoder(str(encoder), CPU)
     assert isinstance(net, NetworkEncoder)
@@ -110,27 +132,22 @@ def test_patch_tokens_stand_under_a_key_of_their_own(
     np.testing.assert_allclose(tokens[0], grid, atol=2e-2, rtol=2e-3)
 
 
-def test_a_plan_says_what_is_left(slides: Path, encoder: Path, tmp_path: Path) -> None:
+def test_a_plan_says_what_is_left(slides: Path, encoder: Path, done: Path, tmp_path: Path) -> None:
     config = config_of(slides, str(encoder), tmp_path)
     assert "then features by" in plan(config) and not (tmp_path / "tiles").exists()
-    extract(config)
+    config = config_of(slides, str(encoder), done)
     assert "features each" in plan(config) and "a file a slide in h5" in plan(config)
 
 
 def test_half_precision_and_tiles_that_are_there_already(
-    slides: Path, encoder: Path, tmp_path: Path
+    encoder: Path, done: Path, tmp_path: Path
 ) -> None:
-    extract(config_of(slides, str(encoder), tmp_path / "a"))
-    extract(
-        ExtractConfig(
-            tiles=tmp_path / "a" / "tiles", encoder=str(encoder), out=tmp_path / "b", embed=EMBED,
-            dtype="float16",
-        )
-    )  # fmt: skip
-    with h5py.File(tmp_path / "b" / "h5" / "a.h5", "r") as file:
+    options = {"encoder": str(encoder), "embed": EMBED, "dtype": "float16"}
+    extract(ExtractConfig(tiles=done / "tiles", out=tmp_path, **options))
+    with h5py.File(tmp_path / "h5" / "a.h5", "r") as file:
         half = file["features"][:]
         assert "overlap" not in file["coords"].attrs
-    with h5py.File(tmp_path / "a" / "h5" / "a.h5", "r") as file:
+    with h5py.File(done / "h5" / "a.h5", "r") as file:
         np.testing.assert_array_equal(half.astype(np.float32), file["features"][:])
     assert half.dtype == np.float16
 
@@ -172,6 +189,7 @@ def test_what_cannot_be_extracted_is_one_line(slides: Path, tmp_path: Path) -> N
         ExtractConfig(encoder="x", out=tmp_path)
     with pytest.raises(InputError, match="no encoder"):
         extract(config_of(slides, str(tmp_path / "none"), tmp_path / "out"))
+    assert not (tmp_path / "out" / "tiles").exists()  # said before the slides are tiled
 
 
 def test_three_lines_of_python(encoder: Path) -> None:
@@ -191,6 +209,19 @@ def test_three_lines_of_python(encoder: Path) -> None:
     torch.testing.assert_close(found.layers[1], grid)
     assert found.layers[0].shape == grid.shape and not torch.equal(found.layers[0], grid)
     assert found.cls_patch_mean.shape == (2, 2 * found.cls.shape[1])
+
+
+def test_a_region_is_embedded_part_by_part(encoder: Path) -> None:
+    net = load_encoder(str(encoder), CPU)
+    region = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+    found = embed_grid(net, region, rows=3, columns=2)
+    for row in range(3):
+        for column in range(2):
+            part = region[32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+            expected = net.embed([part])[0]
+            np.testing.assert_allclose(found[2 * row + column], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="no 5 × 2 equal parts"):
+        embed_grid(net, region, rows=5, columns=2)
 
 
 def test_class_tokens_of_the_last_four_blocks(

@@ -82,9 +82,12 @@ def test_attention_is_what_the_last_block_computes(tmp_path: Path, changes: dict
     torch.testing.assert_close(attention.proj(norm(mixed)), seen["out"], atol=1e-5, rtol=1e-4)
 
 
-@pytest.fixture
-def extracted(tmp_path: Path, write_encoder_folder: Callable[..., Path]) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def extracted(
+    tmp_path_factory: pytest.TempPathFactory, write_encoder_folder: Callable[..., Path]
+) -> tuple[Path, Path]:
     """A slide with two kinds of tissue, its tiles and features; and the encoder."""
+    tmp_path = tmp_path_factory.mktemp("extracted")
     generator = np.random.default_rng(0)
     pixels = np.full((1024, 1024, 3), 245, np.uint8)
     pixels[:512, :] = (170, 90, 150)

@@ -1,5 +1,6 @@
 """What is laid over a slide lies where its tiles are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from eosin.eval.heads.training import Bag
 from eosin.eval.slide_view import lay_over, slides_of, view_slides
 
 
-@pytest.fixture
-def tiled(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A slide of 1,536 × 1,024 px at 0.5 µm/px, tissue on its left half, tiled in 128 px at 1."""
+    tmp_path = tmp_path_factory.mktemp("tiled")
     generator = np.random.default_rng(0)
     pixels = np.full((1024, 1536, 3), 245, np.uint8)
     pixels[:, :768] = (170, 90, 150)
@@ -82,6 +84,5 @@ def test_a_slide_that_is_gone_or_unknown_is_one_line(tiled: Path, tmp_path: Path
     with pytest.raises(InputError, match="knows no slide 'other'"):
         view_slides(tiled, ["other"])
     (view,) = view_slides(tiled, ["s"])
-    (tmp_path / "s.tiff").unlink()
     with pytest.raises(InputError, match="tile the slides again"):
-        view.overview()
+        replace(view, path=tmp_path / "gone.tiff").overview()

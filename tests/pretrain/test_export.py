@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ from eosin.pretrain.other_forms import FormName
 from eosin.pretrain.positions import RopeConfig
 from eosin.pretrain.vit import Vit, VitConfig
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CARD = EncoderCard(
     steps=10, tiles_seen=640, index_digest="abc", mpp=0.5, mean=(0.7, 0.6, 0.7), std=(0.2, 0.2, 0.2)
 )  # fmt: skip
@@ -171,6 +173,37 @@ def test_onnx_runs_any_batch_with_equal_features(
         torch.testing.assert_close(
             torch.from_numpy(features), vit([images])[0].cls, atol=1e-4, rtol=1e-4
         )
+
+
+SIZES = [
+    pytest.param(name, marks=() if name in ("tiny", "small") else pytest.mark.slow)
+    for name in ("tiny", "small", "base", "large", "huge", "giant")
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_every_size_is_equal_in_every_form(tmp_path: Path, size: str) -> None:
+    """At its own width and feed-forward, one block deep, 28 px: timm, transformers, ONNX."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    shape = yaml.safe_load((CONFIGS / "size" / f"{size}.yaml").read_text())["model"]
+    changes = {**shape, "depth": 1, "patch_px": 14, "image_px": 28, "registers": 4}
+    vit = exported(tmp_path / "encoder", forms=["transformers", "onnx"], **changes)
+    images = torch.randn(2, 3, 28, 28)
+    ours = vit([images])[0].cls
+    timm = import_timm()
+    model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
+    torch.testing.assert_close(model(images), ours, atol=1e-5, rtol=1e-5)
+    library = import_beside_torchvision("transformers")
+    theirs = library.AutoModel.from_pretrained(tmp_path / "encoder" / "transformers").eval()
+    found = theirs(pixel_values=images).last_hidden_state[:, 0]
+    torch.testing.assert_close(found, ours, atol=1e-5, rtol=1e-5)
+    session = runtime.InferenceSession(
+        str(tmp_path / "encoder" / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    [features] = session.run(["features"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(features), ours, atol=1e-4, rtol=1e-4)
 
 
 def test_every_file_has_its_checksum_and_the_bytes_are_stable(tmp_path: Path) -> None:
