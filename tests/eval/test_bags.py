@@ -54,7 +54,7 @@ def haystack(
     return bags, labels, where
 
 
-@pytest.mark.parametrize("make", [GatedAttention, TransMil])
+@pytest.mark.parametrize("make", [GatedAttention, pytest.param(TransMil, marks=pytest.mark.slow)])
 def test_needles_in_haystacks_are_found(
     make: type[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +194,7 @@ def stores(tmp_path: Path) -> tuple[list[Path], Path]:
     return [tmp_path / "good", tmp_path / "noise"], table
 
 
+@pytest.mark.slow
 def test_stores_stand_in_one_table_by_every_head(
     stores: tuple[list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,6 +239,7 @@ def test_on_real_tiles_colour_tells_tumour_above_chance(
     assert 0.55 < histogram.value < 1 and histogram.low < histogram.value < histogram.high
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(config: EvalConfig, tmp_path: Path) -> None:
     evaluate(config)
     arguments = ["-m", "eosin.launch.cli", "eval", f"encoder={config.encoder}", "device=cpu"]

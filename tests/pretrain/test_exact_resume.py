@@ -101,6 +101,7 @@ def test_ranks_and_workers_take_one_sequence(
 
 
 @pytest.mark.pitfall(20)
+@pytest.mark.slow
 def test_stops_at_random_steps_with_another_world_each_time(shards: Path) -> None:
     draw = random.Random(5)
     whole = run(shards, MIXED, 1, 0)
