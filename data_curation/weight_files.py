@@ -5,6 +5,7 @@ A ``.pth``, ``.pt`` or ``.bin`` file is a pickle. It is read by torch's own unpi
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,16 +93,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         known = ", ".join((*SAFETENSORS, *UNPICKLED))
         raise InputError(f"{path}: weights are files that end in {known}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # an old file cannot be mapped; a hostile one raises anything
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(
-                f"{path} cannot be read as tensors alone ({reason}); save its state_dict as "
-                "safetensors where you trust it"
-            ) from error
+        mapped = zipfile.is_zipfile(path)  # torch's older files cannot be
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # what a hostile or damaged file makes it raise has no one type
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"{path} cannot be read as tensors alone ({reason}); save its state_dict as "
+            "safetensors where you trust it"
+        ) from error
     for name in INSIDE:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]

@@ -60,9 +60,10 @@ def release(config: ReleaseConfig) -> None:
         EosinError: no whole checkpoint.
     """
     found = read_export(config)
+    index = _index(found.run)
     sections = {
-        "Data": _data(config, found.run),
-        "Overlap with benchmarks": _overlap(found.run),
+        "Data": _data(config, index),
+        "Overlap with benchmarks": _overlap(index),
         "Recipe": _recipe(found.run),
         "Cost": _cost(config.run, found.run),
     }
@@ -77,9 +78,8 @@ def release(config: ReleaseConfig) -> None:
     print(f"encoder after {card.steps} steps: {out}")
 
 
-def _data(config: ReleaseConfig, run: PretrainConfig) -> str:
+def _data(config: ReleaseConfig, index: pa.Table | None) -> str:
     said = [config.data] if config.data else []
-    index = _index(run)
     if index is None:
         said.append("The index of its shards was not at hand when this was written.")
         return "\n\n".join(said)
@@ -93,8 +93,7 @@ def _data(config: ReleaseConfig, run: PretrainConfig) -> str:
     return "\n\n".join(said)
 
 
-def _overlap(run: PretrainConfig) -> str:
-    index = _index(run)
+def _overlap(index: pa.Table | None) -> str:
     if index is None:
         return "Not known: the index of its shards was not at hand when this was written."
     names = set[str]().union(*(_names(index, column) for column in ("group", "slide_id", "key")))

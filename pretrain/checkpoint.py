@@ -180,6 +180,24 @@ def read_state(path: Path) -> TrainState:
     return read_manifest(path).state
 
 
+def first_whole(paths: Iterable[Path], prefix: str) -> tuple[TrainState, dict[str, Tensor]] | None:
+    """State and tensors of the first checkpoint that is whole; says which were passed over.
+
+    Args:
+        paths: in the order in which they are tried.
+        prefix: see `read_tensors`.
+
+    Returns:
+        None where none is whole.
+    """
+    for path in paths:
+        try:
+            return read_state(path), read_tensors(path, prefix)
+        except DamagedCheckpointError as error:
+            print(f"passed over a damaged checkpoint: {path.name}: {error}")
+    return None
+
+
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Whole tensors of a checkpoint, in one process, however many ranks wrote it.
 

@@ -19,11 +19,9 @@ from eosin.configs.load import load_config
 from eosin.data_curation.timm_form import Form, timm_architecture, timm_arguments, timm_tensors
 from eosin.launch.artefacts import SCHEMA_VERSION, replacing_folder, write_text
 from eosin.pretrain.checkpoint import (
-    DamagedCheckpointError,
     TrainState,
+    first_whole,
     list_checkpoints,
-    read_state,
-    read_tensors,
     step_of,
 )
 from eosin.pretrain.config import PretrainConfig
@@ -88,12 +86,10 @@ def read_export(config: ExportConfig) -> Exported:
     if not (config.run / "config.yaml").is_file():
         raise InputError(f"{config.run} holds no run (no config.yaml); 'eosin pretrain' writes one")
     run = load_config(PretrainConfig, [config.run / "config.yaml"])
-    for path in _asked_for(config):
-        try:
-            return Exported(run, read_state(path), read_tensors(path, TEACHER_PREFIX))
-        except DamagedCheckpointError as error:
-            print(f"passed over a damaged checkpoint: {path.name}: {error}")
-    raise EosinError(f"no whole checkpoint in {config.run / 'checkpoints'}")
+    found = first_whole(_asked_for(config), TEACHER_PREFIX)
+    if found is None:
+        raise EosinError(f"no whole checkpoint in {config.run / 'checkpoints'}")
+    return Exported(run, *found)
 
 
 def export(config: ExportConfig) -> None:

@@ -20,7 +20,7 @@ from eosin.data_curation.encoder_interface import digest_of_weights
 from eosin.launch.artefacts import SCHEMA_VERSION, read_json, write_json
 from eosin.launch.process import World
 from eosin.pretrain.attention import AttentionFn
-from eosin.pretrain.checkpoint import DamagedCheckpointError, list_checkpoints, read_tensors
+from eosin.pretrain.checkpoint import first_whole, list_checkpoints
 from eosin.pretrain.network import Network, ObjectiveConfig
 from eosin.pretrain.vit import VitConfig
 
@@ -113,15 +113,11 @@ def load_frozen_teacher(
         network = Network(theirs.model, theirs.objective, attention)
     if hasattr(network, "predictor"):
         del network.predictor
-    for path in list_checkpoints(run / "checkpoints"):
-        try:
-            tensors = read_tensors(path, "model." + TEACHER)
-        except DamagedCheckpointError as error:
-            print(f"passed over a damaged checkpoint: {path.name}: {error}")
-            continue
-        network.load_state_dict(tensors, strict=True, assign=True)
-        return FrozenTeacher(network, theirs.mean, theirs.std, mean, std)
-    raise EosinError(f"teacher.run={run} has no whole checkpoint")
+    found = first_whole(list_checkpoints(run / "checkpoints"), "model." + TEACHER)
+    if found is None:
+        raise EosinError(f"teacher.run={run} has no whole checkpoint")
+    network.load_state_dict(found[1], strict=True, assign=True)
+    return FrozenTeacher(network, theirs.mean, theirs.std, mean, std)
 
 
 def keep_to_teacher(out: Path, teacher: FrozenTeacher, world: World) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eosin.configs.errors import EosinError, InputError
 from eosin.configs.load import load_config
 from eosin.pretrain.backbone_weights import load_backbone
-from eosin.pretrain.checkpoint import DamagedCheckpointError, list_checkpoints, read_tensors
+from eosin.pretrain.checkpoint import first_whole, list_checkpoints
 from eosin.pretrain.distill import Distiller
 from eosin.pretrain.low_rank import LOW_RANK
 from eosin.pretrain.positions import learned_positions
@@ -156,12 +156,11 @@ def _read_run(run: Path) -> tuple[dict[str, Tensor], int, VitConfig]:
     if not (run / "config.yaml").is_file():
         raise InputError(f"start.run={run} holds no run (no config.yaml)")
     config = load_config(PretrainConfig, [run / "config.yaml"])
-    for path in list_checkpoints(run / "checkpoints"):
-        try:
-            return read_tensors(path, "model."), int(path.name.removeprefix("step_")), config.model
-        except DamagedCheckpointError as error:
-            print(f"passed over a damaged checkpoint: {path.name}: {error}")
-    raise EosinError(f"start.run={run} has no whole checkpoint")
+    found = first_whole(list_checkpoints(run / "checkpoints"), "model.")
+    if found is None:
+        raise EosinError(f"start.run={run} has no whole checkpoint")
+    state, tensors = found
+    return tensors, state.step, config.model
 
 
 def _refuse_other_model(theirs: VitConfig, ours: VitConfig, run: Path) -> None:
