@@ -25,8 +25,9 @@ from eosin.data_curation.embed_tiles import WAIT_S, embed_among
 from eosin.data_curation.embed_tiles import plan as plan_embed
 from eosin.data_curation.encoder import load_encoder
 from eosin.data_curation.features import FeatureStore, open_features
-from eosin.data_curation.h5_bags import write_h5, write_stamp
+from eosin.data_curation.h5_bags import write_atlaspatch, write_h5, write_stamp
 from eosin.data_curation.manifest import SLIDES, TILES, read_table
+from eosin.data_curation.npz_bags import write_slide2vec
 from eosin.data_curation.tiles import TileConfig, TileOptions, tile
 from eosin.data_curation.tiles import plan as plan_tiles
 from eosin.launch.artefacts import is_done, mark_done, replacing, stamp_of
@@ -36,9 +37,16 @@ from eosin.launch.progress import Meter
 FORMAT = 1
 """Raised when the same features would be written otherwise."""
 
-LayoutName: TypeAlias = Literal["h5", "stamp", "parquet", "zarr"]
-SUFFIXES = {"stamp": "h5"}
-"""Of files whose layout is not their suffix."""
+LayoutName: TypeAlias = Literal["h5", "stamp", "atlaspatch", "slide2vec", "parquet", "zarr"]
+FILES = {
+    "h5": "h5/{}.h5",
+    "stamp": "stamp/{}.h5",
+    "atlaspatch": "atlaspatch/patches/{}.h5",
+    "slide2vec": "slide2vec/tile_embeddings/{}.npz",
+    "parquet": "parquet/{}.parquet",
+    "zarr": "zarr/{}.zarr",
+}
+"""Of a slide, by layout."""
 NumberName: TypeAlias = Literal["float32", "float16"]
 
 
@@ -51,15 +59,15 @@ class ExtractConfig:
     ``@mean``, ``@clsmean``, ``@cls4`` (class tokens of the last four blocks) or ``@tokens`` (class
     token, and patch tokens under a key of their own)."""
     out: Path
-    """Folder; ``h5/SLIDE.h5``, ``stamp/SLIDE.h5``, ``parquet/SLIDE.parquet`` or
-    ``zarr/SLIDE.zarr`` are made in it."""
+    """Folder; each layout has a folder of its own in it, such as ``h5/SLIDE.h5``."""
     slides: Path | None = None
     """A folder of slides, one slide, or a CSV table of slides (see `eosin tile --help`)."""
     tiles: Path | None = None
     """Instead of `slides`: a folder that `eosin tile` or `eosin curate` wrote."""
     layouts: list[LayoutName] = field(default_factory=lambda: ["h5"])
-    """h5: what TRIDENT and CLAM write; stamp: STAMP's, in micrometres; parquet: a row a tile; zarr:
-    chunked arrays (needs zarr)."""
+    """h5: what TRIDENT and CLAM write; stamp: STAMP's, in micrometres; atlaspatch, slide2vec: as
+    those write (``patches/SLIDE.h5``; ``tile_embeddings/SLIDE.npz`` and ``tiles/``); parquet: a row
+    a tile; zarr: chunked arrays (needs zarr)."""
     dtype: NumberName = "float32"
     """Of features in the files, which hold the float16 of the store either way: most code expects
     float32."""
@@ -75,7 +83,7 @@ class ExtractConfig:
         if self.embed.encoder not in ("", self.encoder):
             raise ValueError(f"embed.encoder={self.embed.encoder} is not encoder={self.encoder}")
         if not self.layouts:
-            raise ValueError("layouts=[]: name h5, stamp, parquet or zarr")
+            raise ValueError(f"layouts=[]: name some of {', '.join(FILES)}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,8 @@ class SlideFeatures:
     """Top left corners in level-0 pixels, x and y, [N, 2], rounded."""
     corners_um: npt.NDArray[np.float64]
     """Likewise, exact, in micrometres."""
+    tissue: npt.NDArray[np.float32]
+    """Fraction of each tile, [N]; NaN where it was not measured."""
     attributes: dict[str, Any]
     """Of the tiles and the encoder; None is left out."""
 
@@ -164,6 +174,7 @@ def _slides(
             dim = features.shape[1] // (1 + grid[0] * grid[1])
             patches = features[:, dim:].reshape(-1, *grid, dim)
             features = np.ascontiguousarray(features[:, :dim])
+        tissue = dict(zip(own["tile_id"].to_pylist(), own["tissue_fraction"], strict=True))
         corners = np.stack([rows["level0_x"].to_numpy(), rows["level0_y"].to_numpy()], axis=1)
         level0_px = round(size_px * mpp / slide["mpp_x"])
         step_px = config.tile.step_px or size_px
@@ -174,6 +185,9 @@ def _slides(
             patch_tokens=patches,
             coords=np.round(corners).astype(np.int64),
             corners_um=corners * np.array([slide["mpp_x"], slide["mpp_y"]]),
+            tissue=np.array(
+                [tissue[name].as_py() for name in rows["tile_id"].to_pylist()], np.float32
+            ),
             attributes={
                 "name": slide_id,
                 "patch_size": size_px,
@@ -204,7 +218,7 @@ def _magnification(mpp: float) -> int | float:
 
 def _write(config: ExtractConfig, layout: str, found: SlideFeatures, store: str) -> int:
     """Writes a slide in one layout, where it is not there; how many files were written."""
-    path = config.out / layout / f"{found.slide_id}.{SUFFIXES.get(layout, layout)}"
+    path = config.out / FILES[layout].format(found.slide_id)
     marker = config.out / layout / ".done" / f"{found.slide_id}.json"
     stamp = stamp_of(format=FORMAT, store=store, dtype=config.dtype, coords=found.coords.tolist(),
                      attributes={k: str(v) for k, v in found.attributes.items()})  # fmt: skip
@@ -218,6 +232,14 @@ def _write(config: ExtractConfig, layout: str, found: SlideFeatures, store: str)
     elif layout == "stamp":
         with replacing(path) as partial:
             write_stamp(partial, found.features, found.corners_um, found.attributes)
+    elif layout == "atlaspatch":
+        with replacing(path) as partial:
+            write_atlaspatch(partial, found.features, found.coords, found.attributes)
+    elif layout == "slide2vec":
+        write_slide2vec(
+            config.out / layout, found.slide_id, found.features, found.coords, found.tissue,
+            found.attributes,
+        )  # fmt: skip
     elif layout == "parquet":
         with replacing(path) as partial:
             pq.write_table(_table(found), partial, compression="zstd")

@@ -5,6 +5,7 @@ write, and what MOOZY, TITAN, GigaPath, CARE, MADELEINE, PRISM and CHIEF are run
 of both stand on ``coords``. The bytes depend on the values alone.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ import numpy.typing as npt
 
 STAMP_VERSION = "2.3.0"
 """Whose layout `write_stamp` has."""
+ON_ROOT = (
+    "patch_size", "patch_size_level0", "level0_magnification", "target_magnification", "overlap",
+    "level0_width", "level0_height", "mpp", "level0_mpp",
+)  # fmt: skip
 ON_FEATURES = ("name", "encoder", "encoder_digest", "transform_digest", "pooling")
 
 
@@ -78,3 +83,39 @@ def write_stamp(
             "code_hash": str(attributes["encoder_digest"]),
         }.items():
             file.attrs[name] = value
+
+
+def write_atlaspatch(
+    path: Path,
+    features: npt.NDArray[np.floating],
+    coords: npt.NDArray[np.int64],
+    attributes: Mapping[str, Any],
+) -> None:
+    """Writes one slide as AtlasPatch keeps it: ``coords`` [N, 5] and ``features/ENCODER``.
+
+    The columns of ``coords`` are x, y, width, height and pyramid level of what is read; a tile can
+    always be read from level 0, so that is what they say. Attributes stand at the root, and those
+    that it reads as whole numbers are rounded.
+
+    Args:
+        path: of the file.
+        features: [N, D].
+        coords: [N, 2].
+        attributes: as for `write_h5`.
+    """
+    level0_px = int(attributes["patch_size_level0"])
+    read = np.broadcast_to(np.array([level0_px, level0_px, 0]), (len(coords), 3))
+    name = re.sub(r"[^a-z0-9_.-]+", "_", str(attributes["encoder"]).lower()).strip("_")
+    with h5py.File(path, "w", libver="v108", track_order=False) as file:
+        rows = np.concatenate([coords, read], axis=1).astype(np.int32)
+        file.create_dataset("coords", data=rows, track_times=False)
+        made = file.create_dataset(
+            f"features/{name}", data=features.astype(np.float32), track_times=False
+        )
+        made.attrs["embedding_dim"] = features.shape[1]
+        for key in ("encoder_digest", "transform_digest", "pooling"):
+            made.attrs[key] = str(attributes[key])
+        file.attrs["num_patches"] = len(coords)
+        for key, value in attributes.items():
+            if key in ON_ROOT and value is not None:
+                file.attrs[key] = max(1, round(value)) if "magnification" in key else value

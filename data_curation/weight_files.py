@@ -65,13 +65,12 @@ def read_weights(source: Path) -> Weights:
 def _read_folder(folder: Path) -> Weights:
     if not (folder / "config.json").is_file() and (folder / "encoder").is_dir():
         folder = folder / "encoder"  # a run of ours
-    try:
-        path = folder / "config.json"
-        config = json.loads(path.read_text()) if path.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / 'config.json'} is no JSON: {error}") from error
+    config = _read_mapping(folder / "config.json") if (folder / "config.json").is_file() else {}
     if (folder / INDEX).is_file():
-        parts = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        listed = _read_mapping(folder / INDEX).get("weight_map")
+        if not isinstance(listed, Mapping) or not listed:
+            raise InputError(f"{folder / INDEX} has no weight_map: fetch it again")
+        parts = sorted({str(name) for name in listed.values()})
         for name in parts:
             if Path(name).name != name:
                 raise InputError(f"{folder / INDEX} names {name}, which is not in its folder")
@@ -81,6 +80,16 @@ def _read_folder(folder: Path) -> Weights:
         if (folder / name).is_file():
             return _without_wrappers(folder, _read_file(folder / name), config)
     raise InputError(f"{folder} holds no weights: none of {', '.join((*IN_FOLDER, INDEX))}")
+
+
+def _read_mapping(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, Mapping):
+        raise InputError(f"{path} holds a {type(found).__name__}, not an object of names")
+    return found
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -124,8 +124,8 @@ def _recipe(run: PretrainConfig) -> str:
     elif run.start.run is not None:
         start = f"the run {run.start.run.name}"
     teacher = "its own moving average"
-    if run.teacher.run is not None:
-        teacher = f"the frozen run {run.teacher.run.name}"
+    if run.teacher.runs:
+        teacher = f"frozen: {', '.join(folder.name for folder in run.teacher.runs)}"
     return "\n".join(
         [
             f"- {' + '.join(terms)}; teacher: {teacher}; from {start}",

@@ -18,6 +18,7 @@ from eosin.launch.cards import Card, card_called
 from eosin.launch.process import World
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.flops import StepShape, executed_flops, nominal_flops
+from eosin.pretrain.frozen_teacher import read_shape
 from eosin.pretrain.network import Network
 from eosin.pretrain.step_plan import (
     ACTIVATIONS,
@@ -302,6 +303,7 @@ def _flops(config: PlanConfig) -> dict[str, float]:
     batches = config.plan_of(World(size=config.gpus))
     steps = np.linspace(0, config.steps - 1, min(SAMPLED_STEPS, config.steps)).astype(int)
     sums = {"model": 0.0, "hardware": 0.0, "nominal": 0.0}
+    teachers = [read_shape(run) for run in config.teacher.runs]
     for step in steps.tolist():
         sizes = batches.augment_of(step)
         shape = StepShape(
@@ -313,7 +315,7 @@ def _flops(config: PlanConfig) -> dict[str, float]:
             masked=int(batches.masks_of(step).sum()),
             group_size=config.group,
         )
-        lean = executed_flops(config.model, config.objective, shape)
+        lean = executed_flops(config.model, config.objective, shape, teachers)
         sums["model"] += lean.model
         sums["hardware"] += lean.hardware
         sums["nominal"] += nominal_flops(config.model, config.objective, shape).hardware

@@ -3,6 +3,7 @@
 Legend: C global crops, N patches a global crop, M masked patches.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,15 +24,15 @@ class CropRows(NamedTuple):
     mask: Tensor  # bool [C, N], on the device
     masked: Tensor  # int64 [M], on the device: the masked patches among the C · N
     weights: Tensor  # fp32 [M], on the device: 1 / (masked patches of the crop) / C
-    teacher: Tensor  # int64, on the CPU: rows of the teacher's stream, CLS tokens before patches
-    student: Tensor  # int64, on the CPU: likewise of the student's, all CLS tokens first
+    student: Tensor  # int64, on the CPU: rows of the student's stream, all CLS tokens first
+    teachers: tuple[Tensor, ...]  # int64, on the CPU: likewise of each teacher's
 
 
 def crop_rows(
     masks: NDArray[np.bool_],
-    teacher: Packing,
     student: Packing,
-    prefixes: tuple[int, int],
+    teachers: Sequence[Packing],
+    prefixes: Sequence[int],
     patches: Patches,
     device: torch.device,
 ) -> CropRows:
@@ -39,9 +40,9 @@ def crop_rows(
 
     Args:
         masks: masked patches of the global crops, bool [C, N].
-        teacher: the teacher's stream: the global crops.
-        student: the student's stream: the global crops, then the local ones.
-        prefixes: tokens before the patches of a sequence, of the teacher and of the student.
+        student: its stream: the global crops, then the local ones.
+        teachers: their streams: the global crops.
+        prefixes: tokens before the patches of a sequence, of the student and of each teacher.
         patches: of the global crops, which ones a loss reads.
         device: of the networks.
     """
@@ -54,6 +55,6 @@ def crop_rows(
         torch.from_numpy(
             np.concatenate([cls_rows(packing), patch_rows(packing, 0, prefix, wanted)])
         )
-        for packing, prefix in zip((teacher, student), prefixes, strict=True)
+        for packing, prefix in zip((student, *teachers), prefixes, strict=True)
     ]
-    return CropRows(mask, rows, row_weights, *streams)
+    return CropRows(mask, rows, row_weights, streams[0], tuple(streams[1:]))

@@ -29,6 +29,7 @@ from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.ema import follow, update_teacher
 from eosin.pretrain.frozen_teacher import FrozenTeacher
 from eosin.pretrain.gram import gram_loss
+from eosin.pretrain.heads import PrototypeHead
 from eosin.pretrain.initialise import materialise
 from eosin.pretrain.jepa import jepa_loss
 from eosin.pretrain.local_part import local
@@ -84,7 +85,8 @@ class Distiller(nn.Module):
         seed: of the weights.
         ranks: that share a batch, each with as many samples; None for one process. Losses and
             gradients averaged over them are those of one process with the whole batch.
-        frozen: a teacher that never changes, in the place of the moving average.
+        frozen: teachers that never change, in the place of the moving average; the student has
+            heads for each, and the losses are means over them.
         masked: whether patches are hidden from the student.
     """
 
@@ -97,21 +99,24 @@ class Distiller(nn.Module):
         group_size: int,
         seed: int,
         ranks: dist.ProcessGroup | None = None,
-        frozen: FrozenTeacher | None = None,
+        frozen: Sequence[FrozenTeacher] = (),
         masked: bool = True,
     ) -> None:
         super().__init__()
-        self.frozen, self._masked = frozen, masked
+        self.frozen, self._masked = nn.ModuleList(frozen), masked
         self.objective, self.kernels, self.group_size = objective, kernels, group_size
         self._lse_over_ranks = None if ranks is None else lse_over_ranks(ranks)
         self._gather_rows, self._max_over_ranks = gather_rows(ranks), max_over_ranks(ranks)
         self._sum_over_ranks, self._ranks = sum_over_ranks(ranks), ranks
         self._rank = 0 if ranks is None else ranks.rank()
         self._spread_of, self._jepa_loss, self._gram_loss = spread_of, jepa_loss, gram_loss
-        self.student = materialise(lambda: Network(model, objective, attention), seed)
+        further = [teacher.heads_for(objective) for teacher in frozen[1:]]
+        self.student = materialise(lambda: Network(model, objective, attention, further), seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         if objective.jepa.weight > 0:
             del self.teacher.predictor
+        if further:
+            del self.teacher.further
         if objective.gram.weight > 0:
             self.gram_teacher = copy.deepcopy(self.teacher.backbone)
         if objective.dino > 0:
@@ -130,7 +135,7 @@ class Distiller(nn.Module):
         rates: StepRates,
         drop: DropPath | None = None,
         jitter: Jitter | None = None,
-        taught: Taught | None = None,
+        taught: Sequence[Taught] | None = None,
     ) -> tuple[Losses, Outputs]:
         """Losses of one step, or of a part of its samples.
 
@@ -142,7 +147,8 @@ class Distiller(nn.Module):
             rates: of the step.
             drop: the student's stochastic depth.
             jitter: of the student's rotary positions.
-            taught: what `teach` made of these crops, where they are a part of a step.
+            taught: what `teach` made of these crops, of each teacher, where they are a part of a
+                step.
         """
         o = self.objective
         views, batch = global_crops.shape[:2]
@@ -155,24 +161,27 @@ class Distiller(nn.Module):
         if taught is None:
             encoded = self._encode(crops[0], rows)
             with aside:
-                [taught] = self._targets([encoded], rates.temperature)
+                taught = [self._targets([of], rates.temperature)[0] for of in encoded]
         hidden = rows.mask if self._masked else None
         student: Encoded = self.student(
             crops, hidden, rows.student, rows.masked, drop, batch, jitter
         )
         aside.join()
-        cls_logits, patch_logits = student.cls_logits, student.patch_logits
         zero = student.cls.new_zeros((), dtype=torch.float32)
         dino_global = dino_local = ibot = jepa = spread = gram = zero
-        if cls_logits is not None and taught.cls is not None:
-            pairs = self._pairs(cls_logits, taught.cls, views, len(local_crops), batch)  # [S]
-            dino_global, dino_local = o.dino * pairs[:views].sum(), o.dino * pairs[views:].sum()
-        if patch_logits is not None and taught.masked is not None:
-            ibot = o.ibot * self._masked_patches(patch_logits, taught.masked, rows.weights)
+        share = 1 / len(taught)
+        for said, told in zip(student.said, taught, strict=True):
+            if said.cls is not None and told.cls is not None:
+                pairs = self._pairs(said.cls, told.cls, views, len(local_crops), batch)  # [S]
+                dino_global = dino_global + share * o.dino * pairs[:views].sum()
+                dino_local = dino_local + share * o.dino * pairs[views:].sum()
+            if said.masked is not None and told.masked is not None:
+                patches = self._masked_patches(said.masked, told.masked, rows.weights)
+                ibot = ibot + share * o.ibot * patches
         if o.jepa.weight > 0:
-            assert student.predicted is not None and taught.patches is not None
+            assert student.predicted is not None and taught[0].patches is not None
             jepa = o.jepa.weight * self._jepa_loss(
-                student.predicted, taught.patches, rows.mask, n_crops, o.jepa
+                student.predicted, taught[0].patches, rows.mask, n_crops, o.jepa
             )
         if o.spread.weight > 0 and rates.spread > 0:
             features = student.cls[:n_crops].unflatten(0, (views, batch))
@@ -191,36 +200,47 @@ class Distiller(nn.Module):
         total = dino_global + dino_local + ibot + jepa + spread + gram
         losses = Losses(total, dino_global, dino_local, ibot, jepa, spread, gram)
         seen = None
-        if cls_logits is not None:
-            seen = Logits(cls_logits.x[:n_crops].detach(), cls_logits.prototypes.detach())
-        return losses, Outputs(taught.features, taught.cls, taught.masked, seen)
+        if student.cls_logits is not None:
+            x, prototypes = student.cls_logits
+            seen = Logits(x[:n_crops].detach(), prototypes.detach())
+        return losses, Outputs(taught[0].features, taught[0].cls, taught[0].masked, seen)
+
+    def networks(self) -> list[Network]:
+        """The student, its moving average, and the frozen teachers."""
+        return [self.student, self.teacher, *(frozen.network for frozen in self._frozen())]
+
+    def _frozen(self) -> list[FrozenTeacher]:
+        return [of for of in self.frozen if isinstance(of, FrozenTeacher)]
 
     def _rows(self, crops: Sequence[Tensor], masks: NDArray[np.bool_]) -> CropRows:
-        """Where the losses read the streams of the teacher and of the student."""
-        body, patch_px = self.student.backbone, self.student.backbone.config.patch_px
-        judge = self.teacher.backbone if self.frozen is None else self.frozen.network.backbone
+        """Where the losses read the streams of the teachers and of the student."""
+        patch_px = self.student.backbone.config.patch_px
         cells = [(len(c), c.shape[2] // patch_px, c.shape[3] // patch_px) for c in crops]
-        prefixes = judge.config.prefix, body.config.prefix
-        teacher, student = (
+        networks = [self.student, *(self.networks()[2:] or [self.teacher])]
+        prefixes = [network.backbone.config.prefix for network in networks]
+        groups = [cells, *[cells[:1]] * (len(networks) - 1)]
+        student, *teachers = (
             Packing(tuple((n, prefix + h * w) for n, h, w in group))
-            for group, prefix in zip((cells[:1], cells), prefixes, strict=True)
+            for group, prefix in zip(groups, prefixes, strict=True)
         )
-        return crop_rows(masks, teacher, student, prefixes, self.objective.patches, crops[0].device)
+        patches = self.objective.patches
+        return crop_rows(masks, student, teachers, prefixes, patches, crops[0].device)
 
     @torch.no_grad()
-    def _encode(self, crops: Tensor, rows: CropRows) -> Encoded:
-        """The teacher's tokens and logits of whole global crops [C, 3, H, W]."""
-        network = self.teacher
-        if self.frozen is not None:
-            crops = self.frozen.show(crops, self.student.backbone.config.patch_px)
-            network = self.frozen.network
-        out: Encoded = network([crops], None, rows.teacher, rows.masked)
-        return out
+    def _encode(self, crops: Tensor, rows: CropRows) -> list[Encoded]:
+        """Each teacher's tokens and logits of whole global crops [C, 3, H, W]."""
+        if not self.frozen:
+            return [self.teacher([crops], None, rows.teachers[0], rows.masked)]
+        patch_px = self.student.backbone.config.patch_px
+        return [
+            frozen.network([frozen.show(crops, patch_px)], None, wanted, rows.masked)
+            for frozen, wanted in zip(self._frozen(), rows.teachers, strict=True)
+        ]
 
     def teach(
         self, parts: Sequence[tuple[Tensor, NDArray[np.bool_]]], temperature: float
-    ) -> list[Taught]:
-        """The teacher's side of a step whose samples are taken in parts.
+    ) -> list[tuple[Taught, ...]]:
+        """The teachers' side of a step whose samples are taken in parts: of a part, of each one.
 
         Targets are those of all parts together, so losses of the parts, averaged, are those of the
         step.
@@ -233,11 +253,12 @@ class Distiller(nn.Module):
         for global_crops, masks in parts:
             crops = global_crops.flatten(0, 1)
             encoded.append(self._encode(crops, self._rows([crops], masks)))
-        return self._targets(encoded, temperature)
+        of_each = [self._targets(told, temperature) for told in zip(*encoded, strict=True)]
+        return list(zip(*of_each, strict=True))
 
     @torch.no_grad()
     def _targets(self, parts: Sequence[Encoded], temperature: float) -> list[Taught]:
-        """Targets for the parts of a step, scaled together."""
+        """Targets of one teacher for the parts of a step, scaled together."""
         cls = [part.cls_logits for part in parts if part.cls_logits is not None]
         masked = [part.patch_logits for part in parts if part.patch_logits is not None]
         heads = {name: of for name, of in (("cls", cls), ("masked", masked)) if of}
@@ -378,14 +399,11 @@ class Distiller(nn.Module):
         Args:
             backend: as in `Vit.compile_blocks`.
         """
-        networks = [self.student, self.teacher]
-        if self.frozen is not None:
-            networks.append(self.frozen.network)
-        for network in networks:
+        for network in self.networks():
             network.backbone.compile_blocks(backend)
-            for name in ("head", "patch_head"):
-                if (head := getattr(network, name, None)) is not None:
-                    compile_forward(head.mlp, dynamic=True, backend=backend)
+            for part in network.modules():
+                if isinstance(part, PrototypeHead):
+                    compile_forward(part.mlp, dynamic=True, backend=backend)
         if hasattr(self.student, "predictor"):
             compile_forward(self.student.predictor, dynamic=False, backend=backend)
         if hasattr(self, "gram_teacher"):

@@ -46,11 +46,8 @@ def _source(config: PretrainConfig) -> str:
     start, lines = config.start, []
     if start.given:
         lines.append(f"from {start.weights or start.run}, frozen for {start.frozen_steps} steps")
-    if config.teacher.run is not None:
-        lines.append(
-            f"learns from the frozen {config.teacher.run}, whose memory and time come on top of "
-            "what is said here"
-        )
+    if config.teacher.runs:
+        lines.append(f"learns from the frozen {', '.join(map(str, config.teacher.runs))}")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -9,9 +9,10 @@ tokens of a stream, M masked patches, K prototypes, D width, Db bottleneck.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from eosin.pretrain.drop_path import DropPath
+from eosin.pretrain.frozen_teacher import TeacherShape
 from eosin.pretrain.gram import GramConfig
 from eosin.pretrain.heads import HeadConfig
 from eosin.pretrain.jepa import JepaConfig
@@ -92,17 +93,22 @@ class StepFlops:
         return self.model + self.recomputed
 
 
-def executed_flops(model: VitConfig, objective: ObjectiveConfig, shape: StepShape) -> StepFlops:
-    """What the product's step computes.
+def executed_flops(
+    model: VitConfig,
+    objective: ObjectiveConfig,
+    shape: StepShape,
+    teachers: Sequence[TeacherShape] = (),
+) -> StepFlops:
+    """What the product's step computes, with frozen teachers or, without one, the moving average.
 
     Wanted patches are spread evenly over kept and skipped sequences: their share is the mean one.
     """
-    return _step(model, objective, shape, lean=True)
+    return _step(model, objective, shape, teachers, lean=True)
 
 
 def nominal_flops(model: VitConfig, objective: ObjectiveConfig, shape: StepShape) -> StepFlops:
     """The step with every branch on every row, and each matrix of logits computed once."""
-    return _step(model, objective, shape, lean=False)
+    return _step(model, objective, shape, (), lean=False)
 
 
 def backbone_flops(
@@ -137,7 +143,12 @@ def backbone_flops(
 
 
 def _step(
-    model: VitConfig, objective: ObjectiveConfig, shape: StepShape, *, lean: bool
+    model: VitConfig,
+    objective: ObjectiveConfig,
+    shape: StepShape,
+    teachers: Sequence[TeacherShape],
+    *,
+    lean: bool,
 ) -> StepFlops:
     crops, local = shape.batch * shape.n_global, shape.batch * shape.n_local
     groups = [(crops, shape.global_px), *([(local, shape.local_px)] if local else [])]
@@ -147,23 +158,30 @@ def _step(
     # of the global crops, that leave the last block
     patches = {"none": 0, "masked": shape.masked, "all": crops * n}[objective.patches]
     student = backbone_flops(model, groups, kept, crops + local + patches if lean else None)
-    teacher = backbone_flops(model, groups[:1], 1.0, crops + patches if lean else None)
-    heads = []
-    if objective.dino > 0:
-        heads.append(_Rows(objective.head, crops, crops + local))
-    if objective.ibot > 0:
-        own = objective.patch_head if objective.separate_heads else None
-        heads.append(_Rows(own or objective.head, shape.masked, shape.masked))
+    side = shape.global_px // model.patch_px
+    forward = sum(
+        backbone_flops(
+            own, [(crops, side * own.patch_px)], 1.0, crops + patches if lean else None
+        ).forward
+        for own in [teacher.model for teacher in teachers] or [model]
+    )
+    heads: list[_Rows] = []
+    told: Sequence[TeacherShape | None] = teachers or [None]
+    for theirs in told:
+        if objective.dino > 0:
+            heads += _rows(model, objective, theirs, "dino", crops, crops + local)
+        if objective.ibot > 0:
+            heads += _rows(model, objective, theirs, "ibot", shape.masked, shape.masked)
     spread = 0.0
     if objective.spread.weight > 0:
         among = group_size if objective.spread.over == "group" else shape.batch
         spread = 2.0 * crops * among * model.width
     return StepFlops(
-        teacher=PartFlops(teacher.forward),
+        teacher=PartFlops(forward),
         student=student,
         heads=PartFlops(
-            sum(_mlp(model.width, h.head) * (h.teacher + h.student) for h in heads),
-            2 * sum(_mlp(model.width, h.head) * h.student for h in heads),
+            sum(_mlp(h.width, h.head) * (h.teacher + h.student) for h in heads),
+            2 * sum(_mlp(h.width, h.head) * h.student for h in heads),
         ),
         prototypes=PartFlops(
             sum(_logits(h.head) * (h.teacher + h.student) for h in heads),
@@ -182,8 +200,31 @@ class _Rows:
     """How many tokens go through a head."""
 
     head: HeadConfig
+    width: int
     teacher: int
     student: int
+
+
+def _head_of(objective: ObjectiveConfig, loss: str) -> HeadConfig:
+    own = objective.patch_head if loss == "ibot" and objective.separate_heads else None
+    return own or objective.head
+
+
+def _rows(
+    model: VitConfig,
+    objective: ObjectiveConfig,
+    theirs: TeacherShape | None,
+    loss: str,
+    seen: int,
+    said: int,
+) -> list[_Rows]:
+    """Of one loss and one teacher: its tokens, and the student's, through their heads."""
+    ours = _head_of(objective, loss)
+    if theirs is None:
+        return [_Rows(ours, model.width, seen, said)]
+    head = _head_of(theirs.objective, loss)
+    ours = replace(ours, prototypes=head.prototypes)
+    return [_Rows(head, theirs.model.width, seen, 0), _Rows(ours, model.width, 0, said)]
 
 
 def _streaming(rows: _Rows, objective: ObjectiveConfig, held_logits: int) -> float:

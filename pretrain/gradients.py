@@ -1,5 +1,7 @@
 """The forward and backward pass of one step, whole or in parts."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -84,7 +86,7 @@ def _losses(
     rates: Rates,
     dtype: torch.dtype,
     first_group: int,
-    taught: Taught | None,
+    taught: Sequence[Taught] | None,
 ) -> tuple[Losses, Outputs]:
     drop = None
     if config.model.drop_path > 0:

@@ -93,6 +93,49 @@ class Encoded(NamedTuple):
     cls_logits: Logits | None
     patch_logits: Logits | None  # of the masked patches
     predicted: Tensor | None  # as `jepa.Predictor` gives it
+    further: tuple["HeadLogits", ...] = ()  # of the heads for a second teacher, and so on
+
+    @property
+    def said(self) -> tuple["HeadLogits", ...]:
+        """The logits for each teacher."""
+        return HeadLogits(self.cls_logits, self.patch_logits), *self.further
+
+
+class HeadLogits(NamedTuple):
+    """Of the CLS tokens and of the masked patches."""
+
+    cls: Logits | None
+    masked: Logits | None
+
+
+class Heads(nn.Module):
+    """The heads for one more teacher, as the objective uses them; the first's are a network's own.
+
+    Args:
+        width: of the tokens.
+        objective: whose heads they are.
+    """
+
+    head: PrototypeHead
+    patch_head: PrototypeHead
+
+    def __init__(self, width: int, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.objective = objective
+        if objective.dino > 0:
+            self.head = PrototypeHead(width, objective.head)
+        if objective.separate_heads:
+            self.patch_head = PrototypeHead(width, objective.patch_head or objective.head)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draws all weights, head after head."""
+        for head in self.children():
+            assert isinstance(head, PrototypeHead)
+            head.initialise(generator)
+
+    def forward(self, cls: Tensor, masked: Tensor) -> HeadLogits:  # [S, D], [M, D]
+        """Logits of CLS tokens and of masked patches."""
+        return _logits(self, self.objective, cls, masked)
 
 
 class Network(nn.Module):
@@ -104,12 +147,14 @@ class Network(nn.Module):
     head: PrototypeHead
     patch_head: PrototypeHead
     predictor: Predictor
+    further: nn.ModuleList
 
     def __init__(
         self,
         model: VitConfig,
         objective: ObjectiveConfig,
         attention: AttentionFn = sdpa_attention,
+        further: Sequence[ObjectiveConfig] = (),
     ) -> None:
         super().__init__()
         self.objective = objective
@@ -120,12 +165,19 @@ class Network(nn.Module):
             self.patch_head = PrototypeHead(model.width, objective.patch_head or objective.head)
         if objective.jepa.weight > 0:
             self.predictor = Predictor(objective.jepa, model.width)
+        if further:
+            self.further = nn.ModuleList(Heads(model.width, own) for own in further)
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draws all weights, part after part."""
-        for module in self.children():
-            assert isinstance(module, Vit | PrototypeHead | Predictor)
+        for module in (self.backbone, *self.on_top()):
+            assert isinstance(module, Vit | PrototypeHead | Predictor | Heads)
             module.initialise(generator)
+
+    def on_top(self) -> list[nn.Module]:
+        """The parts that stand on the backbone, each with a forward of its own."""
+        own = [p for name, p in self.named_children() if name not in ("backbone", "further")]
+        return [*own, *getattr(self, "further", [])]
 
     def forward(
         self,
@@ -155,20 +207,24 @@ class Network(nn.Module):
         if self.objective.patches == "all":
             every = patches.unflatten(0, (len(crops[0]), -1))
             patches = patches.index_select(0, masked)  # [M, D]
-        logits = self._logits(cls, patches)
+        logits = _logits(self, self.objective, cls, patches)
+        further = tuple(heads(cls, patches) for heads in getattr(self, "further", []))
         predicted = None
         if mask is not None and every is not None and hasattr(self, "predictor"):
             grid = tuple(side // self.backbone.config.patch_px for side in crops[0].shape[-2:])
             predicted = self.predictor(every, cls[: len(crops[0])], mask, grid)
-        return Encoded(cls, every, *logits, predicted)
+        return Encoded(cls, every, *logits, predicted, further)
 
-    def _logits(self, cls: Tensor, masked: Tensor) -> tuple[Logits | None, Logits | None]:
-        """Of the CLS tokens and of the masked patches; one pass where they share the head."""
-        o = self.objective
-        if o.dino > 0 and o.ibot > 0 and not o.separate_heads:
-            x, prototypes = self.head(torch.cat([cls, masked]))
-            return Logits(x[: len(cls)], prototypes), Logits(x[len(cls) :], prototypes)
-        return (
-            Logits(*self.head(cls)) if o.dino > 0 else None,
-            Logits(*self.patch_head(masked)) if o.ibot > 0 else None,
-        )
+
+def _logits(
+    owner: Network | Heads, objective: ObjectiveConfig, cls: Tensor, masked: Tensor
+) -> HeadLogits:
+    """Of the CLS tokens and of the masked patches; one pass where they share the head."""
+    o = objective
+    if o.dino > 0 and o.ibot > 0 and not o.separate_heads:
+        x, prototypes = owner.head(torch.cat([cls, masked]))
+        return HeadLogits(Logits(x[: len(cls)], prototypes), Logits(x[len(cls) :], prototypes))
+    return HeadLogits(
+        Logits(*owner.head(cls)) if o.dino > 0 else None,
+        Logits(*owner.patch_head(masked)) if o.ibot > 0 else None,
+    )

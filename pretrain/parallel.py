@@ -25,7 +25,6 @@ from eosin.configs.errors import ConfigError
 from eosin.launch.process import World
 from eosin.pretrain.collectives import Collective, sum_over_ranks
 from eosin.pretrain.distill import Distiller
-from eosin.pretrain.network import Network
 
 ParallelName: TypeAlias = Literal["auto", "none", "ddp", "fsdp", "hybrid"]
 
@@ -142,12 +141,8 @@ def shard(model: Distiller, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     # what a network returns are parts of one tensor, and nobody changes them in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     roots: list[tuple[nn.Module, list[nn.Module]]] = [
-        (network, [*network.backbone.blocks, *_heads(network)])
-        for network in (model.student, model.teacher)
+        (network, [*network.backbone.blocks, *network.on_top()]) for network in model.networks()
     ]
-    if model.frozen is not None:
-        network = model.frozen.network
-        roots.append((network, [*network.backbone.blocks, *_heads(network)]))
     if hasattr(model, "gram_teacher"):
         roots.append((model.gram_teacher, list(model.gram_teacher.blocks)))
     for root, units in roots:
@@ -160,7 +155,3 @@ def shard(model: Distiller, mesh: DeviceMesh, dtype: torch.dtype) -> None:
             assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
             unit.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([unit])
-
-
-def _heads(network: Network) -> list[nn.Module]:
-    return [part for name, part in network.named_children() if name != "backbone"]

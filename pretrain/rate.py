@@ -21,6 +21,7 @@ from eosin.launch.process import World
 from eosin.pretrain.batch import Batch, Tiles
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.flops import StepShape, executed_flops
+from eosin.pretrain.frozen_teacher import TeacherShape, read_shape
 from eosin.pretrain.gram import gram_active
 
 SLOW = 1.5
@@ -87,6 +88,7 @@ class Rate:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._config, self._world, self._clock = config, world, clock
+        self._teachers = [read_shape(run) for run in config.teacher.runs]
         self._is_cuda = device.type == "cuda"
         self._peak = known_peak(device, dtype)
         self._names = world.all_hosts() if world.host is not None else [socket.gethostname()]
@@ -108,7 +110,7 @@ class Rate:
             self._batches += 1
             self._tiles += len(batch.rows) * self._world.size
             if self._peak is not None:
-                self._flops += batch_flops(self._config, batch)
+                self._flops += batch_flops(self._config, batch, self._teachers)
             yield batch
 
     def start(self) -> None:
@@ -210,7 +212,9 @@ def _is_slow(time: RankTime, median: float) -> bool:
     return time.work > SLOW * median and time.work - median > NOTICED * time.whole
 
 
-def batch_flops(config: PretrainConfig, batch: Batch) -> float:
+def batch_flops(
+    config: PretrainConfig, batch: Batch, teachers: Sequence[TeacherShape] = ()
+) -> float:
     """The model's operations on one batch, by what is in it."""
     if isinstance(batch.images, Tiles):
         (n_global, global_px), (n_local, local_px) = batch.images.sizes
@@ -227,7 +231,7 @@ def batch_flops(config: PretrainConfig, batch: Batch) -> float:
         group_size=config.group_size,
         gram=gram_active(batch.step, config.objective.gram),
     )
-    return executed_flops(config.model, config.objective, shape).model
+    return executed_flops(config.model, config.objective, shape, teachers).model
 
 
 def peak_memory(is_cuda: bool) -> int:

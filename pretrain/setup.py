@@ -11,7 +11,7 @@ from eosin.pretrain.backbone_weights import load_backbone
 from eosin.pretrain.checkpoint import list_checkpoints
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Distiller
-from eosin.pretrain.frozen_teacher import check_grids, keep_to_teacher, load_frozen_teacher
+from eosin.pretrain.frozen_teacher import check_grids, keep_to_teachers, load_frozen_teachers
 from eosin.pretrain.local_part import like, local, whole_state
 from eosin.pretrain.optim import build_optimizer
 from eosin.pretrain.parallel import Layout, choose_parallel
@@ -74,22 +74,24 @@ def set_up(
     world = world or World()
     attention = choose_attention(config.attention, device, dtype)
     kernels = choose_kernels(config.loss_kernels, device, dtype)
-    frozen = None
-    if config.teacher.run is not None:
-        frozen = load_frozen_teacher(
-            config.teacher.run, config.objective, config.mean, config.std, attention
-        )
-        world.tell(check_grids(config.model, frozen))
-        keep_to_teacher(config.out, frozen, world)
+    frozen = load_frozen_teachers(
+        config.teacher, config.objective, config.mean, config.std, attention
+    )
+    if frozen:
+        world.tell("; ".join(check_grids(config.model, teacher) for teacher in frozen))
+        keep_to_teachers(config.out, frozen, world)
     model = Distiller(
         config.model, config.objective, attention, kernels, config.group, config.seed, world.group,
-        frozen, masked=frozen is None or config.teacher.masked,
+        frozen, masked=not frozen or config.teacher.masked,
     )  # fmt: skip
     if config.start.given and not list_checkpoints(config.out / "checkpoints"):
         world.tell(start_from(model, config.start, config.model))
     if config.objective.gram.frozen_from is not None and config.objective.gram.weight > 0:
         world.tell(load_backbone(model.gram_teacher, config.objective.gram.frozen_from))
-    freeze(model.student, config.start.train_blocks, config.model.depth, config.model.low_rank)
+    freeze(
+        model.student, config.start.train_blocks, config.model.depth, config.model.low_rank,
+        masked=not frozen or config.teacher.masked,
+    )  # fmt: skip
     model.to(device)
     model.student.backbone.recompute(config.recompute)
     compiled = config.compile == "blocks" or (config.compile == "auto" and device.type == "cuda")

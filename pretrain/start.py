@@ -91,7 +91,9 @@ def start_from(model: Distiller, config: StartConfig, shape: VitConfig) -> str:
     return said
 
 
-def freeze(student: nn.Module, train_blocks: int, depth: int, low_rank: int) -> None:
+def freeze(
+    student: nn.Module, train_blocks: int, depth: int, low_rank: int, masked: bool = True
+) -> None:
     """Leaves gradients to what is trained alone: below the first such layer nothing is computed.
 
     Args:
@@ -99,6 +101,7 @@ def freeze(student: nn.Module, train_blocks: int, depth: int, low_rank: int) -> 
         train_blocks: last blocks that are trained; 0: all.
         depth: blocks in all.
         low_rank: of the backbone's additions; 0: none, and the weights themselves are trained.
+        masked: whether the student's patches are hidden: else the mask token stands still.
 
     Raises:
         InputError: more blocks than there are.
@@ -114,6 +117,8 @@ def freeze(student: nn.Module, train_blocks: int, depth: int, low_rank: int) -> 
         trained = parts[1] == "norm" or train_blocks == 0 or (block is not None and block >= first)
         if low_rank:
             trained = trained and (parts[-1] in LOW_RANK or parts[1] == "norm")
+        if not masked:
+            trained = trained and parts[1] != "mask_token"
         parameter.requires_grad_(trained)
 
 

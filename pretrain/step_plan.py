@@ -21,6 +21,7 @@ from eosin.launch.stopwatch import watched
 from eosin.pretrain.batch import Batch, Crops, Inputs
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Distiller, Losses
+from eosin.pretrain.frozen_teacher import FrozenTeacher, read_shape
 from eosin.pretrain.gradients import take_gradients
 from eosin.pretrain.local_part import local
 from eosin.pretrain.memory_meter import COLLECTIVE_NAMESPACES, MemoryMeter, Peak, storages
@@ -159,16 +160,27 @@ class PlannedStep:
         memory_bytes: int | None = None,
     ) -> None:
         attention, kernels = kernels_of(config.attention, config.loss_kernels, target, dtype)
+        frozen = [
+            FrozenTeacher(of.build(attention), of.mean, of.std, config.mean, config.std)
+            for of in map(read_shape, config.teacher.runs)
+        ]
         model = Distiller(
             config.model, config.objective, attention, kernels, config.group, config.seed,
-            world.group,
+            world.group, frozen, masked=not frozen or config.teacher.masked,
         )  # fmt: skip
         model.student.backbone.recompute(config.recompute)
         if target == "cuda" and detect_fake_mode() is not None:
             as_autocast_on_cuda(model)
-        self.state_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        self.state_bytes = sum(
+            tensor.nbytes
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if not name.startswith("frozen.")  # they are read from their own runs
+        )
         self.state_bytes += 2 * sum(p.nbytes for p in model.student.parameters())  # moments
-        freeze(model.student, config.start.train_blocks, config.model.depth, config.model.low_rank)
+        freeze(
+            model.student, config.start.train_blocks, config.model.depth, config.model.low_rank,
+            masked=not frozen or config.teacher.masked,
+        )  # fmt: skip
         parameters = sum(p.numel() for p in model.student.parameters())
         name = choose_parallel(config.parallel, world, parameters, memory_bytes)
         layout: Any
@@ -287,9 +299,9 @@ class StepWatch:
         self.memory.resized, self.memory.label_of = UNSHARDED, self._label
         self._weights: set[int] = set()
         model: Any = step.training.model
-        for backbone, part in (
-            (model.teacher.backbone, TEACHER_FORWARD), (model.student.backbone, ACTIVATIONS),
-        ):  # fmt: skip
+        student, *others = (network.backbone for network in model.networks())
+        for backbone in (student, *others):
+            part = ACTIVATIONS if backbone is student else TEACHER_FORWARD
             backbone.rows = watched(lambda: self, part, backbone.rows)
         model.forward = self._then_backward(model.forward)
         model._gather_rows = watched(lambda: self, SPREAD, model._gather_rows)

@@ -108,7 +108,7 @@ def test_every_recipe_runs(
     """In one folder, each standing on those before it, as a reader goes through them."""
     monkeypatch.chdir(tmp_path)
     found = recipes()
-    assert len(found) == 6
+    assert len(found) == 7
     verbs = set()
     for commands in found.values():
         for words in commands:

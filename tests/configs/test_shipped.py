@@ -92,8 +92,16 @@ def test_a_stage_goes_behind_a_recipe_and_a_size(stage: str, recipe: str) -> Non
 
 def test_every_stage_is_tried() -> None:
     assert {p.stem for p in (CONFIGS / "stage").glob("*.yaml")} == {
-        "continue", "high_resolution", "gram"
+        "continue", "heads", "high_resolution", "gram"
     }  # fmt: skip
+
+
+def test_heads_are_learnt_while_the_backbone_stands_still() -> None:
+    files = ["pretrain/eosin", "size/base", "stage/heads"]
+    config = load_config(PretrainConfig, files, [*NEEDED, "start.weights=w"])
+    rates = [Rates.at(config, step) for step in (0, config.steps // 2, config.steps - 1)]
+    assert all(config.start.backbone_rate(step) == 0 for step in (0, config.steps - 1))
+    assert rates[1].lr > rates[2].lr > 0 and not any(rate.freeze_last for rate in rates)
 
 
 def test_dinov3s_swiglu_has_its_hidden_size_in_the_network_of_seven_billion() -> None:

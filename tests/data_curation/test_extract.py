@@ -23,6 +23,7 @@ from eosin.data_curation.extract import ExtractConfig, extract, plan
 from eosin.data_curation.manifest import TILES, read_table
 from eosin.data_curation.slide import Slide
 from eosin.data_curation.tiles import TileOptions
+from eosin.launch.artefacts import read_json
 
 CPU = torch.device("cpu")
 EMBED = EmbedOptions(device="cpu", batch_size=4, threads=1)
@@ -53,7 +54,8 @@ def done(slides: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Both slides in every layout."""
     pytest.importorskip("zarr")
     out = tmp_path_factory.mktemp("done")
-    extract(config_of(slides, str(encoder), out, layouts=["h5", "stamp", "parquet", "zarr"]))
+    layouts = ["h5", "stamp", "atlaspatch", "slide2vec", "parquet", "zarr"]
+    extract(config_of(slides, str(encoder), out, layouts=layouts))
     return out
 
 
@@ -113,6 +115,53 @@ def test_stamp_reads_micrometres(done: Path) -> None:
         np.testing.assert_allclose(file["coords"][:], other["coords"][:] * 0.5, atol=0.26)
         steps = np.diff(np.unique(file["coords"][:, 0]))
         np.testing.assert_allclose(steps / 64.0, np.round(steps / 64.0), atol=1e-6)
+
+
+def test_atlaspatch_reads_its_slides(slides: Path, encoder: Path, done: Path) -> None:
+    """As the example of its README reads them, and with the attributes that its code asks for."""
+    import openslide
+    from PIL import Image
+
+    with h5py.File(done / "atlaspatch" / "patches" / "a.h5", "r") as file:
+        coords, [name] = file["coords"][...], list(file["features"])
+        features, size = file[f"features/{name}"][...], int(file.attrs["patch_size"])
+        wanted = ("patch_size_level0", "target_magnification", "num_patches")
+        assert [int(file.attrs[key]) for key in wanted] == [128, 10, len(coords)]
+        assert file.attrs["level0_magnification"] == 20 and file.attrs["overlap"] == 0
+    assert coords.dtype == np.int32 and coords.shape[1] == 5 and features.dtype == np.float32
+    net = load_encoder(str(encoder), CPU)
+    with openslide.OpenSlide(slides / "a.tiff") as slide:
+        for (x, y, width, height, level), row in zip(coords.tolist(), features, strict=True):
+            region = slide.read_region((x, y), level, (width, height)).convert("RGB")
+            tile = np.asarray(region.resize((size, size), Image.Resampling.BILINEAR))
+            np.testing.assert_allclose(row, net.embed([tile])[0], atol=0.1)  # resampled otherwise
+    with h5py.File(done / "h5" / "a.h5", "r") as other:
+        np.testing.assert_array_equal(features, other["features"][:])
+        np.testing.assert_array_equal(coords[:, :2], other["coords"][:])
+
+
+def test_slide2vec_reads_its_arrays(done: Path) -> None:
+    """As its artifacts.py reads features, and hs2p the tiles, before and since its version 3."""
+    folder = done / "slide2vec"
+    meta = read_json(folder / "tile_embeddings" / "a.meta.json")
+    with np.load(folder / "tile_embeddings" / "a.npz", allow_pickle=False) as file:
+        features = file["features"]
+    with np.load(folder / meta["coordinates_npz_path"], allow_pickle=False) as file:
+        tiles = {name: file[name] for name in file.files}
+    assert (meta["num_tiles"], meta["feature_dim"]) == features.shape
+    assert meta["feature_dtype"] == "fp32" and meta["artifact_type"] == "tile_embeddings"
+    assert (meta["tile_size_lv0"], meta["requested_tile_size_px"]) == (128, 64)
+    assert meta["requested_spacing_um"] == 1.0
+    np.testing.assert_array_equal(tiles["coordinates"], np.stack([tiles["x"], tiles["y"]], 1))
+    np.testing.assert_array_equal(tiles["tile_index"], np.arange(len(features)))
+    with h5py.File(done / "h5" / "a.h5", "r") as other:
+        np.testing.assert_array_equal(features, other["features"][:])
+        np.testing.assert_array_equal(tiles["coordinates"], other["coords"][:])
+    cells = read_table(done / "tiles" / "tiles.parquet", TILES).to_pylist()
+    tissue = {(c["level0_x"], c["level0_y"]): c["tissue_fraction"] for c in cells
+              if c["slide_id"] == "a"}  # fmt: skip
+    found = [tissue[float(x), float(y)] for x, y in tiles["coordinates"].tolist()]
+    np.testing.assert_allclose(tiles["tissue_fractions"], found, atol=1e-6)
 
 
 def test_patch_tokens_stand_under_a_key_of_their_own(

@@ -167,6 +167,7 @@ def test_shards_are_drawn_where_there_are_none(
     assert last["name"].startswith(f"step data {NAME} waiting ") and last["ours"] > 0
 
 
+@pytest.mark.slow
 def test_layouts_on_one_rank_are_held_against_one_process(tmp_path: Path) -> None:
     file = tmp_path / "layouts.json"
     assert main(["bench", "layouts", *TINY, f"--json={file}"]) == 0

@@ -7,6 +7,7 @@ import pytest
 from eosin.launch.bench_masks import SETS, BenchMasksConfig, mask_rows
 
 
+@pytest.mark.slow
 def test_the_bars_hold_on_new_slides(tmp_path: Path) -> None:
     rows = {row.name: row for row in mask_rows(BenchMasksConfig(slides=4), tmp_path)}
     assert len(rows) == 4 * len(SETS)

@@ -78,6 +78,7 @@ def test_a_sample_of_the_points_fits_the_centres_and_all_are_assigned_once() -> 
     assert cluster_flops(config, 10_000) == fine + coarse
 
 
+@pytest.mark.slow
 def test_a_pilot_foretells_the_larger_set(tmp_path: Path) -> None:
     slides = write_slides(
         tmp_path / "slides", SyntheticConfig(n_slides=6, size_px=1024, seed=3), workers=1

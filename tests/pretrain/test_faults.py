@@ -137,6 +137,7 @@ def test_a_killed_rank_ends_the_others_quickly(
             assert "Traceback" not in ranks[left].said()
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_with_the_stacks_of_the_others(
     tmp_path: Path, two_ranks: Callable[..., AbstractContextManager[list[Rank]]]
 ) -> None:

@@ -347,6 +347,10 @@ def test_what_runs_code_or_is_no_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "b": 3}, tmp_path / "odd.pt")
     (tmp_path / "short.safetensors").write_bytes(b"\x08")
     (tmp_path / "w.onnx").write_bytes(b"")
+    for name, index in {"cut": '{"weight_map": {"a', "list": "[]", "none_in_it": "{}",
+                        "far": '{"weight_map": {"a": "../b.safetensors"}}'}.items():  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors.index.json").write_text(index)
     for name, said in {
         "evil.pth": "cannot be read as tensors alone",
         "text.pth": "cannot be read as tensors alone",
@@ -355,6 +359,10 @@ def test_what_runs_code_or_is_no_weights_is_refused(tmp_path: Path) -> None:
         "short.safetensors": "is damaged",
         "w.onnx": "weights are files that end in",
         "none": "does not exist",
+        "cut": "model.safetensors.index.json is no JSON",
+        "list": "holds a list, not an object of names",
+        "none_in_it": "has no weight_map",
+        "far": "which is not in its folder",
     }.items():
         with pytest.raises(InputError, match=said) as caught:
             read_weights(tmp_path / name)

@@ -122,6 +122,19 @@ def assert_equal_to_rounding(one: Path, other: Path) -> None:
             torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
+def test_two_ranks_learn_from_two_teachers_what_one_learns(shards: Path, tmp_path: Path) -> None:
+    for name, count in (("first", 40), ("second", 24)):
+        head = f"objective.head={{prototypes: {count}, hidden: 16, bottleneck: 8}}"
+        pretrain(config_for(shards, tmp_path / name, "steps=5", head))
+    taught = [f"teacher.run={tmp_path / 'first'}", f"teacher.also=[{tmp_path / 'second'}]"]
+    in_one_process([config_for(shards, tmp_path / "none", *taught)])
+    two = [config_for(shards, tmp_path / n, *taught, f"parallel={n}") for n in LAYOUTS]
+    on_ranks(2, two, tmp_path / "two")
+    for name in LAYOUTS:
+        assert_equal_to_rounding(tmp_path / "none", tmp_path / name)
+
+
 LAYOUTS = ("ddp", "fsdp")
 PARTS = ["objective.spread={kind: kde, over: group}", "masks.exact=true"]
 
@@ -174,6 +187,7 @@ def test_the_encoder_of_shards_is_exported_whole(runs: Path) -> None:
         torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall(20)
 def test_ranks_and_layouts_change_between_stops(shards: Path, runs: Path, tmp_path: Path) -> None:
     """2 → 1 → 2 ranks, sharded and replicated: the same order, and weights to rounding."""

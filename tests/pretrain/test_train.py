@@ -269,6 +269,7 @@ def test_learning_rate_scales_with_the_root_of_the_batch(shards: Path, tmp_path:
     assert Rates.at(config, 0).freeze_last and not Rates.at(config, 1).freeze_last
 
 
+@pytest.mark.slow
 def test_wandb_offline_writes_its_files_into_the_run(shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     config = config_for(shards, tmp_path / "run", "steps=2", "wandb=offline")
