@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eosin.configs.errors import InputError
+from eosin.data_curation.bag_packing import pack_store
 from eosin.data_curation.embed_config import EmbedConfig, EmbedOptions
 from eosin.data_curation.embed_tiles import WAIT_S, embed_among
 from eosin.data_curation.embed_tiles import plan as plan_embed
@@ -37,7 +38,7 @@ from eosin.launch.progress import Meter
 FORMAT = 1
 """Raised when the same features would be written otherwise."""
 
-LayoutName: TypeAlias = Literal["h5", "stamp", "atlaspatch", "slide2vec", "parquet", "zarr"]
+LayoutName: TypeAlias = Literal["h5", "stamp", "atlaspatch", "slide2vec", "parquet", "zarr", "bags"]
 FILES = {
     "h5": "h5/{}.h5",
     "stamp": "stamp/{}.h5",
@@ -47,6 +48,8 @@ FILES = {
     "zarr": "zarr/{}.zarr",
 }
 """Of a slide, by layout."""
+BAGS = "bags"
+"""Folder of the layout that has no files of slides."""
 NumberName: TypeAlias = Literal["float32", "float16"]
 
 
@@ -67,7 +70,8 @@ class ExtractConfig:
     layouts: list[LayoutName] = field(default_factory=lambda: ["h5"])
     """h5: what TRIDENT and CLAM write; stamp: STAMP's, in micrometres; atlaspatch, slide2vec: as
     those write (``patches/SLIDE.h5``; ``tile_embeddings/SLIDE.npz`` and ``tiles/``); parquet: a row
-    a tile; zarr: chunked arrays (needs zarr)."""
+    a tile; zarr: chunked arrays (needs zarr); bags: one store of all slides in blocks, as
+    `eosin bags` makes it."""
     dtype: NumberName = "float32"
     """Of features in the files, which hold the float16 of the store either way: most code expects
     float32."""
@@ -83,7 +87,7 @@ class ExtractConfig:
         if self.embed.encoder not in ("", self.encoder):
             raise ValueError(f"embed.encoder={self.embed.encoder} is not encoder={self.encoder}")
         if not self.layouts:
-            raise ValueError(f"layouts=[]: name some of {', '.join(FILES)}")
+            raise ValueError(f"layouts=[]: name some of {', '.join(FILES)}, bags")
 
 
 @dataclass(frozen=True)
@@ -146,13 +150,18 @@ def _write_all(config: ExtractConfig, tiles: Path, store: FeatureStore) -> None:
     if store.offsets is None:
         raise InputError(f"{config.out / 'store'} does not lie slide by slide; remove it")
     written = 0
+    if "bags" in config.layouts:
+        pack_store(config.out / BAGS, store, slides, cells)
+    layouts = [layout for layout in config.layouts if layout != "bags"]
+    if not layouts:
+        return
     with Meter("write", len(store.offsets) - 1, "slides") as meter:
         for found in _slides(config, store, slides, cells):
-            for layout in config.layouts:
+            for layout in layouts:
                 written += _write(config, layout, found, str(store.meta["stamp"]))
             meter.advance(1, found.slide_id)
     print(
-        f"{len(store.offsets) - 1} slides in {', '.join(config.layouts)} ({written} files written "
+        f"{len(store.offsets) - 1} slides in {', '.join(layouts)} ({written} files written "
         f"now) → {config.out}"
     )
 
@@ -177,7 +186,6 @@ def _slides(
         tissue = dict(zip(own["tile_id"].to_pylist(), own["tissue_fraction"], strict=True))
         corners = np.stack([rows["level0_x"].to_numpy(), rows["level0_y"].to_numpy()], axis=1)
         level0_px = round(size_px * mpp / slide["mpp_x"])
-        step_px = config.tile.step_px or size_px
         yield SlideFeatures(
             slide_id=slide_id,
             tile_ids=rows["tile_id"].to_pylist(),
@@ -196,7 +204,7 @@ def _slides(
                 "downsample": [level0_px / size_px, level0_px / size_px],
                 "level0_magnification": _magnification(slide["mpp_x"]),
                 "target_magnification": _magnification(mpp),
-                "overlap": size_px - step_px if config.slides is not None else None,
+                "overlap": _overlap_px(own, size_px, level0_px),
                 "level0_width": slide["width_px"],
                 "level0_height": slide["height_px"],
                 "mpp": mpp,
@@ -207,6 +215,19 @@ def _slides(
                 "pooling": store.meta["pooling"],
             },
         )
+
+
+def _overlap_px(own: pa.Table, size_px: int, level0_px: int) -> int:
+    """Of neighbouring cells of a slide, in pixels of the tile."""
+    columns, x = own["column"].to_numpy(), own["level0_x"].to_numpy()
+    first, last = int(columns.argmin()), int(columns.argmax())
+    if columns[first] == columns[last]:
+        columns, x = own["row"].to_numpy(), own["level0_y"].to_numpy()
+        first, last = int(columns.argmin()), int(columns.argmax())
+    if columns[first] == columns[last]:
+        return 0  # one cell alone
+    step = (x[last] - x[first]) / (columns[last] - columns[first])
+    return round(size_px * (1 - float(step) / level0_px))
 
 
 def _magnification(mpp: float) -> int | float:

@@ -155,6 +155,19 @@ FEATURE_ROWS = pa.schema(
 )
 """What the rows of a feature store's ``features.npy`` are, in their order."""
 
+BAG_TOKENS = pa.schema(
+    [
+        _field("column", pa.int32()),  # on the lattice of its origin
+        _field("row", pa.int32()),
+        _field("origin", pa.int32()),  # from 1: pieces of tissue may have a lattice of their own
+        _field("section", pa.int32()),  # piece of tissue, from 1; 0: none
+        _field("size_px", pa.int32()),  # side of the tile as the encoder's transform got it
+        _field("footprint_px", pa.float64()),  # side of the tile in level-0 pixels
+        _field("level0_mpp", pa.float64()),
+    ]
+)
+"""What a bag knows of its rows beyond `FEATURE_ROWS`, in their order."""
+
 FEATURES_FAILED = pa.schema(
     [
         _field("tile_id", pa.string()),

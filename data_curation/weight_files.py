@@ -62,6 +62,18 @@ def read_weights(source: Path) -> Weights:
     return _without_wrappers(source, _read_file(source), {})
 
 
+def read_tensor(path: Path) -> Tensor:
+    """A ``.pt`` file that holds one tensor, such as the features of a slide.
+
+    Raises:
+        InputError: it holds anything else, or cannot be read as tensors alone.
+    """
+    found = _unpickled(path)
+    if not isinstance(found, Tensor):
+        raise InputError(f"{path} holds a {type(found).__name__}, not one tensor")
+    return found
+
+
 def _read_folder(folder: Path) -> Weights:
     if not (folder / "config.json").is_file() and (folder / "encoder").is_dir():
         folder = folder / "encoder"  # a run of ours
@@ -101,15 +113,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix not in UNPICKLED:
         known = ", ".join((*SAFETENSORS, *UNPICKLED))
         raise InputError(f"{path}: weights are files that end in {known}")
-    try:
-        mapped = zipfile.is_zipfile(path)  # torch's older files cannot be
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # what a hostile or damaged file makes it raise has no one type
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"{path} cannot be read as tensors alone ({reason}); save its state_dict as "
-            "safetensors where you trust it"
-        ) from error
+    found = _unpickled(path)
     for name in INSIDE:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
@@ -119,6 +123,19 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if odd:
         raise InputError(f"{path}: '{odd[0]}' is no tensor; save the network's state_dict alone")
     return dict(found)
+
+
+def _unpickled(path: Path) -> Any:
+    """What a file of torch's holds, if that is tensors and containers of them alone."""
+    try:
+        mapped = zipfile.is_zipfile(path)  # torch's older files cannot be
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # what a hostile or damaged file makes it raise has no one type
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"{path} cannot be read as tensors alone ({reason}); save its state_dict as "
+            "safetensors where you trust it"
+        ) from error
 
 
 def _without_wrappers(

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from eosin.configs.errors import InputError
+from eosin.data_curation.bag_store import TOKENS, BagStore, side_by_side
 from eosin.data_curation.features import FeatureStore, open_features
 from eosin.data_curation.manifest import PREDICTIONS, make_id, write_table
 from eosin.eval.attention_maps import write_attention
@@ -58,8 +59,8 @@ class BagsConfig:
     """Scores feature stores on labelled slides."""
 
     features: list[Path]
-    """Feature stores of `eosin embed`, one an encoder or magnification; the first is compared with
-    the others."""
+    """Feature stores of `eosin embed` or bags of `eosin bags`, one an encoder or magnification;
+    the first is compared with the others."""
     labels: Path
     """A table with slide (its slide_id), label, and maybe group (patient) and split."""
     out: Path
@@ -263,10 +264,14 @@ def read_bags(store: FeatureStore, slide_ids: list[str], path: Path) -> list[Bag
         )
     x, y = (store.rows[name].to_numpy() for name in ("level0_x", "level0_y"))
     tile_ids = store.rows["tile_id"].to_pylist()
+    tokens = BagStore(path) if (path / TOKENS).is_file() else None
     bags = []
     for slide_id in slide_ids:
         rows = slice(*places[slide_id])
-        cells = grid_cells(np.stack([x[rows], y[rows]], axis=1), f"{path}: {slide_id}")
+        if tokens is not None:
+            cells = side_by_side(*tokens.cells(slide_id))
+        else:
+            cells = grid_cells(np.stack([x[rows], y[rows]], axis=1), f"{path}: {slide_id}")
         bags.append(
             Bag(
                 slide_id=slide_id,

@@ -101,6 +101,14 @@ VERBS: dict[str, Verb] = {
         plan="plan",
         ranks=True,
     ),
+    "bags": Verb(
+        "eosin.data_curation.import_bags",
+        "BagsConfig",
+        "make_bags",
+        "files of features of TRIDENT, CLAM, STAMP, AtlasPatch, slide2vec or ours to checked bags",
+        "eosin bags files=/data/features_uni out=bags mpp=0.5 table=slides.csv",
+        plan="plan",
+    ),
     "cluster": Verb(
         "eosin.data_curation.cluster",
         "ClusterConfig",

@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from eosin.configs.errors import InputError
+from eosin.data_curation.bag_store import BagStore
 from eosin.data_curation.embed_config import EmbedOptions
 from eosin.data_curation.encoder import NetworkEncoder, load_encoder
 from eosin.data_curation.encoder_interface import embed_grid
 from eosin.data_curation.extract import ExtractConfig, extract, plan
+from eosin.data_curation.import_bags import BagsConfig, make_bags
 from eosin.data_curation.manifest import TILES, read_table
 from eosin.data_curation.slide import Slide
 from eosin.data_curation.tiles import TileOptions
@@ -54,7 +56,7 @@ def done(slides: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Both slides in every layout."""
     pytest.importorskip("zarr")
     out = tmp_path_factory.mktemp("done")
-    layouts = ["h5", "stamp", "atlaspatch", "slide2vec", "parquet", "zarr"]
+    layouts = ["h5", "stamp", "atlaspatch", "slide2vec", "parquet", "zarr", "bags"]
     extract(config_of(slides, str(encoder), out, layouts=layouts))
     return out
 
@@ -164,6 +166,32 @@ def test_slide2vec_reads_its_arrays(done: Path) -> None:
     np.testing.assert_allclose(tiles["tissue_fractions"], found, atol=1e-6)
 
 
+def test_bags_hold_the_same_and_so_do_bags_of_its_files(done: Path, tmp_path: Path) -> None:
+    store = BagStore(done / "bags")
+    cells = read_table(done / "tiles" / "tiles.parquet", TILES).to_pylist()
+    tiles = {cell["tile_id"]: cell for cell in cells}
+    for slide_id in ("a", "b"):
+        bag = store.read(slide_id)
+        with h5py.File(done / "h5" / f"{slide_id}.h5", "r") as file:
+            rows = {tuple(xy): row for xy, row in zip(file["coords"][:].tolist(),
+                                                     file["features"][:], strict=True)}  # fmt: skip
+        assert len(bag) == len(rows)
+        for i, tile_id in enumerate(bag.tile_ids):
+            np.testing.assert_array_equal(bag.features[i], rows[tuple(bag.corner_px[i].round())])
+            tile = tiles[tile_id]
+            assert bag.cells[i].tolist() == [tile["column"], tile["row"]]
+            assert bag.section[i] == (tile["section"] or 0)
+            assert bag.centre_um[i, 0] == tile["level0_x"] * 0.5 + 32
+    for layout in ("h5", "stamp", "atlaspatch", "slide2vec"):
+        make_bags(BagsConfig(files=done / layout, out=tmp_path / layout))
+        again = BagStore(tmp_path / layout)
+        assert again.slide_ids == store.slide_ids
+        np.testing.assert_array_equal(again.store.features, store.store.features)
+        centres = np.concatenate([again.centres(s) for s in again.slide_ids])
+        expected = np.concatenate([store.centres(s) for s in store.slide_ids])
+        np.testing.assert_allclose(centres, expected, atol=0.3)  # of corners in whole pixels
+
+
 def test_patch_tokens_stand_under_a_key_of_their_own(
     slides: Path, encoder: Path, done: Path, tmp_path: Path
 ) -> None:
@@ -195,7 +223,7 @@ def test_half_precision_and_tiles_that_are_there_already(
     extract(ExtractConfig(tiles=done / "tiles", out=tmp_path, **options))
     with h5py.File(tmp_path / "h5" / "a.h5", "r") as file:
         half = file["features"][:]
-        assert "overlap" not in file["coords"].attrs
+        assert file["coords"].attrs["overlap"] == 0
     with h5py.File(done / "h5" / "a.h5", "r") as file:
         np.testing.assert_array_equal(half.astype(np.float32), file["features"][:])
     assert half.dtype == np.float16

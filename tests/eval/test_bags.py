@@ -3,6 +3,7 @@ needles."""
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -244,3 +245,40 @@ def test_bad_bags_are_one_line(
     assert main(["eval", "bags", "features=[]", f"labels={table}", "out=x"]) == 2
     assert main(["eval", "bags", "features=[a]", f"labels={table}", "out=x", "heads=[clam]"]) == 2
     assert "no head 'clam'" in capsys.readouterr().err
+
+
+def test_files_of_clam_are_evaluated_as_bags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pieces of tissue a slide, each on a grid of its own; bad files are one line, exit 2."""
+    monkeypatch.setattr(training, "RUNS", 1)
+    monkeypatch.setattr(training, "EPOCHS", 6)
+    monkeypatch.setattr(training, "RATE", 2e-3)
+    bags, labels, _ = haystack(48, 5)
+    folder = tmp_path / "h5_files"
+    folder.mkdir()
+    for bag in bags:
+        corners = bag.cells * 256
+        corners[len(corners) // 2 :] += [6100, 33]
+        with h5py.File(folder / f"{bag.slide_id}.h5", "w") as file:
+            file["features"] = bag.features.astype(np.float32)
+            coords = file.create_dataset("coords", data=corners)
+            coords.attrs.update({"patch_size": 256, "patch_level": 0})
+            coords.attrs["downsample"] = (1.0, 1.0)
+    table = ["slide,label,group,split"]
+    for i, (bag, label) in enumerate(zip(bags, labels.tolist(), strict=True)):
+        split = "val" if i % 4 == 2 else "test" if i % 4 == 3 else "train"
+        table.append(f"{bag.slide_id},{'ab'[label]},p{i},{split}")
+    (tmp_path / "slides.csv").write_text("\n".join(table) + "\n")
+    command = ["bags", f"files={folder}", f"out={tmp_path / 'bags'}", "encoder=resnet50"]
+    assert main(command) == 2  # CLAM says no scale
+    assert main([*command, "mpp=0.5"]) == 0
+    out = tmp_path / "scores"
+    assert main(["eval", "bags", f"features=[{tmp_path / 'bags'}]", f"out={out}", "device=cpu",
+                 f"labels={tmp_path / 'slides.csv'}", "n_bootstrap=50"]) == 0  # fmt: skip
+    scores = {
+        row.protocol: row.value
+        for row in load_results(out / "results.json").scores
+        if row.metric == "auroc"
+    }
+    assert scores["abmil/gated@1"] > 0.8 and "transmil/grid@1" in scores
