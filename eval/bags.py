@@ -21,9 +21,8 @@ from eosin.data_curation.features import FeatureStore, open_features
 from eosin.data_curation.manifest import PREDICTIONS, make_id, write_table
 from eosin.eval.attention_maps import write_attention
 from eosin.eval.console import differences_table, scores_table
-from eosin.eval.heads.abmil import GatedAttention
-from eosin.eval.heads.training import Bag, BagSplits, MakeHead, run_head
-from eosin.eval.heads.transmil import TransMil
+from eosin.eval.heads.registry import HEADS, choose_heads
+from eosin.eval.heads.training import Bag, BagSplits, run_head
 from eosin.eval.intervals import few_groups_note
 from eosin.eval.listing import read_table, refuse_duplicates
 from eosin.eval.predictions import predictions_of
@@ -38,18 +37,6 @@ from eosin.launch.artefacts import stamp_of
 from eosin.launch.device_names import DeviceName
 from eosin.launch.process import choose_device
 
-HEADS: dict[str, tuple[MakeHead, str]] = {
-    "abmil/gated@1": (
-        GatedAttention,
-        "gated attention (256, 128), AdamW 1e-4, whole bags, stopped by AUROC on val; 3 runs",
-    ),
-    "transmil/grid@1": (
-        TransMil,
-        "TransMIL (256, 8 heads) with tiles at their places, AdamW 1e-4, whole bags, stopped by "
-        "AUROC on val; 3 runs",
-    ),
-}
-"""Name and version → how it is made, and one line that says what is done."""
 MEAN = "mean+"
 """Before the name of a protocol of tiles: on the mean of a slide's features."""
 
@@ -67,7 +54,8 @@ class BagsConfig:
     """Folder for results.json, predictions.parquet, attention and the report."""
     name: str = ""
     """What the report calls the task; from the table when empty."""
-    heads: list[str] = field(default_factory=lambda: list(HEADS))
+    heads: list[str] = field(default_factory=lambda: ["usual"])
+    """Names, ``usual``, or patterns such as ``abmil/*``; ``*`` is all of them."""
     pooled: list[str] = field(default_factory=lambda: ["linear/sklearn-l2@2", "prototypes/*"])
     """Protocols of tiles that are run on mean-pooled slides."""
     seed: int = 0
@@ -80,9 +68,7 @@ class BagsConfig:
     heaviest tiles beside them; else tiles stand in a mosaic."""
 
     def __post_init__(self) -> None:
-        unknown = [head for head in self.heads if head not in HEADS]
-        if unknown:
-            raise ValueError(f"heads: no head '{unknown[0]}'; there are {', '.join(HEADS)}")
+        choose_heads(self.heads)
         if self.pooled:
             choose(self.pooled)
         if not self.features:
@@ -214,7 +200,7 @@ def _views(config: BagsConfig, bags: list[Bag]) -> list[SlideView]:
 
 def _describe(protocol: str) -> str:
     if protocol in HEADS:
-        return HEADS[protocol][1]
+        return HEADS[protocol].description
     return "on the mean of a slide's features: " + DESCRIPTIONS[protocol.removeprefix(MEAN)]
 
 
@@ -342,8 +328,9 @@ def _run(
         test=of(test),
     )
     attention = {}
-    for head in config.heads:
+    for head in choose_heads(config.heads):
         outcomes[head], attention[head] = run_head(
-            HEADS[head][0], splits, len(task.classes), config.seed, device, f"{head} on {name}"
-        )
+            HEADS[head].make, splits, len(task.classes), config.seed, device, f"{head} on {name}",
+            HEADS[head].recipe,
+        )  # fmt: skip
     return outcomes, attention

@@ -1,33 +1,32 @@
-"""Fitting a head on bags: one bag a step, stopped on val, asked about test with whole bags.
+"""Fitting heads on bags: many at once in one pass over the data, each as if it were alone.
 
-AdamW at 1e-4 with weight decay 1e-5 and class-balanced cross-entropy, an order of bags drawn from
-(seed, run, epoch). The epoch with the best AUROC on val counts (the least loss among equals), and
-training ends when that has not risen for `PATIENCE` epochs. Test bags play no part. Runs differ in
-their start and order; probabilities are their mean. Shapes: S slides, D features, C classes.
+A member of the pass is a head with bags of its own to learn from and to be stopped by. All see the
+bags in one order, drawn from (seed, epoch), in batches of whole bags; each takes a step on those of
+a batch that are its own. What it draws is a function of its own seed and the step, so the company
+changes nothing. The epoch with the best AUROC on its val bags counts (the least loss among equals),
+and a member is done when that has not risen for a while. Test bags play no part. Legend: S slides,
+D features, C classes, K members.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from eosin.eval.heads.head import Criterion, Head, Verdict
+from eosin.eval.heads.losses import balanced_weights, cross_entropy
+from eosin.eval.heads.packed import Packed, pack
+from eosin.eval.heads.recipe import Recipe
 from eosin.eval.probe import Outcome, shares_of_runs
 from eosin.eval.ranking import Ranking
 from eosin.launch.progress import Meter
 
-RATE = 1e-4
-WEIGHT_DECAY = 1e-5
-EPOCHS = 50
-PATIENCE = 10
-RUNS = 3
-
-MakeHead = Callable[[int, int], nn.Module]
-"""(features, classes) to a module from (bag [N, D], cells [N, 2]) to logits [C], weights [N]."""
+MakeHead = Callable[[int, int], Head]
+"""(features, classes) to a head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,23 +52,69 @@ class BagSplits:
     test: Sequence[Bag]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One head of a pass."""
+
+    seed: int
+    """Of its weights and of all that it draws."""
+    train: npt.NDArray[np.int64]
+    """Rows of the bags that it learns from."""
+    val: npt.NDArray[np.int64]
+    """Rows of those that it is stopped by."""
+
+
+class Fitted:
+    """A head behind the standardisation of its own training features.
+
+    Args:
+        head: with drawn weights.
+        mean: of the features, [D].
+        deviation: likewise.
+        device: of the head.
+    """
+
+    def __init__(self, head: Head, mean: Tensor, deviation: Tensor, device: torch.device) -> None:
+        self.head, self.device = head.to(device), device
+        self._mean, self._deviation = mean.to(device), deviation.to(device)
+        self.epoch = 0
+        """The one whose weights it has, from 1."""
+
+    def seen(self, packed: Packed) -> Packed:
+        """The bags as the head takes them."""
+        features = (packed.features.to(self._mean.dtype) - self._mean) / self._deviation
+        return packed._replace(features=features)
+
+    @torch.no_grad()
+    def ask(self, bag: Bag) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Probabilities [C] and weights [N] of a whole bag."""
+        self.head.eval()
+        verdict: Verdict = self.head(self.seen(packed_bags([bag], self.device)))
+        return verdict.outputs[0].softmax(dim=0).cpu().numpy(), verdict.weights.cpu().numpy()
+
+
 def run_head(
-    make: MakeHead, splits: BagSplits, n_classes: int, seed: int, device: torch.device, name: str
+    make: MakeHead,
+    splits: BagSplits,
+    n_classes: int,
+    seed: int,
+    device: torch.device,
+    name: str,
+    recipe: Recipe | None = None,
 ) -> tuple[Outcome, list[npt.NDArray[np.float32]]]:
     """What the head says of the test bags, and the mean weights that it gives their tiles."""
-    mean, deviation = _moments(splits.train)
+    recipe = recipe or Recipe()
+    bags = [*splits.train, *splits.val]
+    labels = np.concatenate([splits.train_labels, splits.val_labels])
+    rows = np.arange(len(bags))
+    train, val = rows[: len(splits.train)], rows[len(splits.train) :]
+    members = [Member(seed=1000 * seed + run, train=train, val=val) for run in range(recipe.runs)]
+    fitted = fit_members(make, bags, labels, members, n_classes, recipe, seed, device, name)
     probabilities, weights = [], list[list[npt.NDArray[np.float32]]]()
-    chosen = []
-    with Meter(f"fit {name}", RUNS * EPOCHS, "epochs") as meter:
-        for run in range(RUNS):
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(1000 * seed + run)
-                head = make(len(mean), n_classes).to(device)
-                fitted = _Fitted(head, mean, deviation, device)
-                chosen.append(_fit(fitted, splits, n_classes, (seed, run), meter))
-            found = [fitted.ask(bag) for bag in splits.test]
-            probabilities.append(np.stack([p for p, _ in found]))
-            weights.append([w for _, w in found])
+    for member in fitted:
+        found = [member.ask(bag) for bag in splits.test]
+        probabilities.append(np.stack([p for p, _ in found]))
+        weights.append([w for _, w in found])
     stacked = np.stack(probabilities)  # [R, S, C]
     runs = stacked.argmax(axis=2).astype(np.int16)
     outcome = Outcome(
@@ -77,36 +122,162 @@ def run_head(
         scores=stacked.mean(axis=0),
         probabilities=True,
         runs=runs,
-        chosen={"epoch": float(np.median(chosen))},
+        chosen={"epoch": float(np.median([member.epoch for member in fitted]))},
     )
     return outcome, [np.mean(of_bag, axis=0) for of_bag in zip(*weights, strict=True)]
 
 
-class _Fitted:
-    """A head behind the standardisation of its training features."""
+def fit_members(
+    make: MakeHead,
+    bags: Sequence[Bag],
+    labels: npt.NDArray[np.int64],
+    members: Sequence[Member],
+    n_classes: int,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    name: str = "heads",
+) -> list[Fitted]:
+    """Fits all members in one pass over the bags.
+
+    Args:
+        make: of a head.
+        bags: that any member learns from or is stopped by.
+        labels: of the bags, [S]; a member sees those of its own rows alone.
+        members: K of them.
+        n_classes: C.
+        recipe: of all.
+        seed: of the order of bags.
+        device: of the heads.
+        name: for the progress.
+
+    Returns:
+        Each member with the weights of its best epoch.
+    """
+    pupils = [_Pupil(make, bags, labels, m, n_classes, recipe, device) for m in members]
+    with Meter(f"fit {name}", recipe.epochs, "epochs") as meter:
+        for epoch in range(1, recipe.epochs + 1):
+            going = [pupil for pupil in pupils if not pupil.done]
+            if not going:
+                meter.advance(recipe.epochs + 1 - epoch)
+                break
+            for number, rows in enumerate(batches_of(bags, recipe, seed, epoch)):
+                for pupil in going:
+                    pupil.learn(rows, epoch, number)
+            for pupil in going:
+                pupil.judge(epoch)
+            meter.advance(1)
+    return [pupil.best() for pupil in pupils]
+
+
+def batches_of(
+    bags: Sequence[Bag], recipe: Recipe, seed: int, epoch: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """The rows of each batch of an epoch: a function of (seed, epoch) and the bags' sizes."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    batch: list[int] = []
+    tiles = 0
+    for row in generator.permutation(len(bags)).tolist():
+        size = len(bags[row].features)
+        if batch and (len(batch) == recipe.bags_a_step or tiles + size > recipe.tiles_a_step):
+            yield np.array(batch)
+            batch, tiles = [], 0
+        batch.append(row)
+        tiles += size
+    if batch:
+        yield np.array(batch)
+
+
+class _Pupil:
+    """A member while it learns."""
 
     def __init__(
-        self, head: nn.Module, mean: Tensor, deviation: Tensor, device: torch.device
+        self,
+        make: MakeHead,
+        bags: Sequence[Bag],
+        labels: npt.NDArray[np.int64],
+        member: Member,
+        n_classes: int,
+        recipe: Recipe,
+        device: torch.device,
     ) -> None:
-        self.head, self.device = head, device
-        self._mean, self._deviation = mean.to(device), deviation.to(device)
+        self._bags, self._labels, self._recipe = bags, labels, recipe
+        self._member, self._n_classes = member, n_classes
+        mean, deviation = moments([bags[row] for row in member.train.tolist()])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(member.seed)
+            head = make(len(mean), n_classes)
+        self._fitted = Fitted(head, mean, deviation, device)
+        own = labels[member.train]
+        counts = torch.from_numpy(np.bincount(own, minlength=n_classes))
+        self._criterion: Criterion = cross_entropy(balanced_weights(counts).to(device))
+        self._optimiser = torch.optim.AdamW(
+            (p for p in head.parameters() if p.requires_grad),
+            lr=recipe.rate,
+            weight_decay=recipe.weight_decay,
+        )
+        self._mine = np.zeros(len(bags), np.bool_)
+        self._mine[member.train] = True
+        self._kept = copy.deepcopy(head.state_dict())
+        self._best: tuple[float, float] = (-1.0, 0.0)
+        self._best_epoch, self.done = 0, False
 
-    def __call__(self, bag: Bag) -> tuple[Tensor, Tensor]:
-        features = torch.from_numpy(bag.features.astype(np.float32)).to(self.device)
-        cells = torch.from_numpy(bag.cells).to(self.device)
-        found: tuple[Tensor, Tensor] = self.head((features - self._mean) / self._deviation, cells)
-        return found
+    def learn(self, rows: npt.NDArray[np.int64], epoch: int, number: int) -> None:
+        """One step on those of a batch's bags that are its own."""
+        rows = rows[self._mine[rows]]
+        if not len(rows):
+            return
+        head, device = self._fitted.head, self._fitted.device
+        head.train()
+        head.progress = (epoch - 1) / max(self._recipe.epochs - 1, 1)
+        head.reseed((self._member.seed * 1000 + epoch) * 10_000 + number)
+        packed = packed_bags([self._bags[row] for row in rows.tolist()], device)
+        targets = torch.from_numpy(self._labels[rows]).to(device)
+        loss = head.training_loss(self._fitted.seen(packed), targets, self._criterion)
+        self._optimiser.zero_grad()
+        loss.backward()
+        self._optimiser.step()
+        head.after_step()
 
-    @torch.no_grad()
-    def ask(self, bag: Bag) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Probabilities [C] and weights [N] of a whole bag."""
-        self.head.eval()
-        logits, weights = self(bag)
-        return logits.softmax(dim=0).cpu().numpy(), weights.cpu().numpy()
+    def judge(self, epoch: int) -> None:
+        """Keeps the weights where they are the best on val, and ends where that was long ago."""
+        score = self._score()
+        if score > self._best:
+            self._best, self._best_epoch = score, epoch
+            self._kept = copy.deepcopy(self._fitted.head.state_dict())
+        self.done = epoch - self._best_epoch >= self._recipe.patience
+
+    def best(self) -> Fitted:
+        """With the weights of its best epoch."""
+        self._fitted.head.load_state_dict(self._kept)
+        self._fitted.epoch = self._best_epoch
+        return self._fitted
+
+    def _score(self) -> tuple[float, float]:
+        """AUROC on val, and minus its cross-entropy."""
+        rows = self._member.val.tolist()
+        found = np.stack([self._fitted.ask(self._bags[row])[0] for row in rows])
+        labels = self._labels[self._member.val]
+        own = np.zeros(len(labels), np.int64)
+        area = float(Ranking(found, labels, own, 1)(np.ones((1, 1)))[0])
+        return area, float(np.log(np.maximum(found[np.arange(len(labels)), labels], 1e-12)).mean())
 
 
-def _moments(bags: Sequence[Bag]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every feature over the tiles of the training bags."""
+def packed_bags(bags: Sequence[Bag], device: torch.device) -> Packed:
+    """Bags as one batch on a device, fp32."""
+    return pack(
+        [
+            (
+                torch.from_numpy(bag.features.astype(np.float32)).to(device),
+                torch.from_numpy(bag.cells).to(device),
+            )
+            for bag in bags
+        ]
+    )
+
+
+def moments(bags: Sequence[Bag]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every feature over the tiles of some bags."""
     count, total, squares = 0, np.zeros(1), np.zeros(1)
     for bag in bags:
         x = bag.features.astype(np.float64)
@@ -114,44 +285,3 @@ def _moments(bags: Sequence[Bag]) -> tuple[Tensor, Tensor]:
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
     return torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
-
-
-def _fit(
-    fitted: _Fitted, splits: BagSplits, n_classes: int, key: tuple[int, int], meter: Meter
-) -> int:
-    """Trains in place, leaves the best epoch's weights, and returns that epoch (1 and up)."""
-    head = fitted.head
-    counts = np.bincount(splits.train_labels, minlength=n_classes)
-    balance = torch.from_numpy(len(splits.train_labels) / (n_classes * np.maximum(counts, 1)))
-    balance = balance.float().to(fitted.device)
-    optimiser = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
-    best: tuple[float, float] = (-1.0, 0.0)
-    best_epoch, kept = 0, copy.deepcopy(head.state_dict())
-    for epoch in range(1, EPOCHS + 1):
-        head.train()
-        generator = np.random.Generator(np.random.Philox(key=[key[0], 1000 * key[1] + epoch]))
-        for index in generator.permutation(len(splits.train)).tolist():
-            logits, _ = fitted(splits.train[index])
-            truth = torch.tensor([int(splits.train_labels[index])], device=logits.device)
-            loss = F.cross_entropy(logits[None], truth) * balance[truth[0]]
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        score = _score(fitted, splits, n_classes)
-        meter.advance(1)
-        if score > best:
-            best, best_epoch, kept = score, epoch, copy.deepcopy(head.state_dict())
-        if epoch - best_epoch >= PATIENCE:
-            meter.advance(EPOCHS - epoch)
-            break
-    head.load_state_dict(kept)
-    return best_epoch
-
-
-def _score(fitted: _Fitted, splits: BagSplits, n_classes: int) -> tuple[float, float]:
-    """AUROC on val, and minus its cross-entropy."""
-    found = np.stack([fitted.ask(bag)[0] for bag in splits.val])
-    labels = splits.val_labels
-    own = np.zeros(len(labels), np.int64)
-    area = float(Ranking(found, labels, own, 1)(np.ones((1, 1)))[0])
-    return area, float(np.log(np.maximum(found[np.arange(len(labels)), labels], 1e-12)).mean())

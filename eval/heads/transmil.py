@@ -1,4 +1,4 @@
-"""TransMIL, ``transmil/grid@1`` (Shao et al. 2021), with tiles at their true places.
+"""TransMIL, ``transmil/grid@2`` (Shao et al. 2021), with tiles at their true places.
 
 Features go through one layer to 256; a class token and the tiles pass a layer of self-attention (8
 heads), then depth-wise convolutions of 7, 5 and 3 cells over the slide's grid (PPEG), then a second
@@ -7,47 +7,52 @@ layer of self-attention; the class token goes to one linear layer.
 Two things are not the paper's. Its convolutions run over a square that tiles fill in the order in
 which they are stored, padded with copies of the first; here every tile stands in its own cell of
 the slide, and empty cells are zero. And attention is exact, where the paper approximates it
-(Nyström); its memory is linear all the same (scaled dot-product attention). Shapes as in `abmil`.
+(Nyström); its memory is linear all the same (scaled dot-product attention). Legend as in `head`; H
+heads.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eosin.eval.heads.head import Dropout, Head, Verdict, embedder
+from eosin.eval.heads.packed import Packed
+
 WIDTH = 256
 HEADS = 8
 KERNELS = (7, 5, 3)
-DROPOUT = 0.25
 
 
-class TransMil(nn.Module):
+class TransMil(Head):
     """See the module."""
 
-    def __init__(self, dim: int, n_classes: int) -> None:
+    def __init__(self, dim: int, n_outputs: int) -> None:
         super().__init__()
-        self.embed = nn.Sequential(nn.Linear(dim, WIDTH), nn.ReLU(), nn.Dropout(DROPOUT))
+        self.embed = embedder(dim, WIDTH)
         self.token = nn.Parameter(torch.zeros(1, WIDTH))
         self.before, self.after = SelfAttention(), SelfAttention()
         self.convolutions = nn.ModuleList(
             nn.Conv2d(WIDTH, WIDTH, size, padding=size // 2, groups=WIDTH) for size in KERNELS
         )
         self.norm = nn.LayerNorm(WIDTH)
-        self.classify = nn.Linear(WIDTH, n_classes)
+        self.classify = nn.Linear(WIDTH, n_outputs)
 
-    def forward(self, bag: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [C], and how much the class token attends to each tile in the last layer, [N].
+    def forward(self, packed: Packed) -> Verdict:
+        """Logits, and how much the class token attends to each tile in the last layer."""
+        h = self.embed(packed.features)  # [T, 256]
+        bags = zip(h.split(packed.sizes.tolist()), packed.split(), strict=True)
+        found = [self._bag(tiles, bag.cells) for tiles, bag in bags]
+        tokens = torch.stack([token for token, _ in found])
+        return Verdict(self.classify(tokens), torch.cat([w for _, w in found]), tokens)
 
-        Args:
-            bag: [N, D].
-            cells: column and row of each tile on the slide's grid, int64 [N, 2], from 0.
-        """
-        tokens = torch.cat([self.token, self.embed(bag)])  # [1 + N, 256]
+    def _bag(self, tiles: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token of one bag [256], and the weights of its tiles [N]."""
+        tokens = torch.cat([self.token, tiles])  # [1 + N, 256]
         tokens = self.before(tokens)
         tokens = torch.cat([tokens[:1], self._place(tokens[1:], cells)])
         weights = self.after.weights_of_first(tokens)[1:]
         tokens = self.after(tokens)
-        logits: Tensor = self.classify(self.norm(tokens[0]))
-        return logits, weights / weights.sum()
+        return self.norm(tokens[0]), weights / weights.sum()
 
     def _place(self, tiles: Tensor, cells: Tensor) -> Tensor:
         """Tiles [N, 256] plus what the convolutions see around their cells."""
@@ -67,7 +72,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.inputs = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.output = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(DROPOUT))
+        self.output = nn.Sequential(nn.Linear(WIDTH, WIDTH), Dropout())
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [N, 256] to tokens [N, 256]."""
