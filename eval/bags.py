@@ -21,6 +21,8 @@ from eosin.data_curation.features import FeatureStore, open_features
 from eosin.data_curation.manifest import PREDICTIONS, make_id, write_table
 from eosin.eval.attention_maps import write_attention
 from eosin.eval.console import differences_table, scores_table
+from eosin.eval.cross_validation import classify, classify_means
+from eosin.eval.folds import Folds, draw_folds
 from eosin.eval.heads.registry import HEADS, choose_heads
 from eosin.eval.heads.training import Bag, BagSplits, run_head
 from eosin.eval.intervals import few_groups_note
@@ -58,6 +60,12 @@ class BagsConfig:
     """Names, ``usual``, or patterns such as ``abmil/*``; ``*`` is all of them."""
     pooled: list[str] = field(default_factory=lambda: ["linear/sklearn-l2@2", "prototypes/*"])
     """Protocols of tiles that are run on mean-pooled slides."""
+    folds: int = 0
+    """Nested cross-validation by group with so many outer folds, in the place of splits: every
+    slide is test once. 0: splits."""
+    inner_folds: int = 4
+    """Of what is not test in an outer fold; each is once what training is stopped by, and a slide's
+    verdict is the mean over them."""
     seed: int = 0
     device: DeviceName = "auto"
     n_bootstrap: int = 1000
@@ -71,6 +79,10 @@ class BagsConfig:
         choose_heads(self.heads)
         if self.pooled:
             choose(self.pooled)
+        if self.folds == 1 or self.folds < 0 or self.inner_folds < 2:
+            raise ValueError(
+                f"folds={self.folds}, inner_folds={self.inner_folds}: give at least 2, or folds=0"
+            )
         if not self.features:
             raise ValueError("features=[]: name feature stores of 'eosin embed'")
 
@@ -85,6 +97,8 @@ class SlideTask:
     groups: list[str]
     splits: npt.NDArray[np.str_]
     notes: tuple[str, ...]
+    folds: Folds | None = None
+    """With cross-validation; every slide is test then."""
 
     def record(self, name: str) -> TaskRecord:
         """As ``results.json`` has it; slides stand where tiles stand elsewhere."""
@@ -99,6 +113,7 @@ class SlideTask:
                 labels=self.labels.tolist(),
                 groups=self.groups,
                 splits=self.splits.tolist(),
+                **({} if self.folds is None else {"folds": self.folds.inner.tolist()}),
             ),
             unit="slides",
         )
@@ -112,7 +127,7 @@ def evaluate_bags(config: BagsConfig) -> None:
     """
     console, notices = Console(), Console(stderr=True)
     device = choose_device(config.device)
-    task = load_slides(config.labels, config.seed)
+    task = load_slides(config.labels, config.seed, config.folds, config.inner_folds)
     name = config.name or config.labels.stem
     record = task.record(name)
     notes = [*task.notes, *few_groups_note(record.groups["test"])]
@@ -127,7 +142,7 @@ def evaluate_bags(config: BagsConfig) -> None:
     pictures: list[Picture] = []
     for path in config.features:
         store = open_features(path)
-        encoder = _record(path, store, encoders)
+        encoder = record_of(path, store, encoders)
         bags = read_bags(store, task.slide_ids, path)
         encoders.append(encoder)
         outcomes[encoder.name], attention = _run(config, task, bags, encoder.name, device)
@@ -204,11 +219,12 @@ def _describe(protocol: str) -> str:
     return "on the mean of a slide's features: " + DESCRIPTIONS[protocol.removeprefix(MEAN)]
 
 
-def load_slides(path: Path, seed: int) -> SlideTask:
-    """Labelled slides of a table, with splits that no group crosses.
+def load_slides(path: Path, seed: int, folds: int = 0, inner_folds: int = 0) -> SlideTask:
+    """Labelled slides of a table, with splits or folds that no group crosses.
 
     Raises:
-        InputError: a column is missing, a slide is named twice, or splits cannot be had.
+        InputError: a column is missing, a slide is named twice, splits or folds cannot be had, or
+            splits are given where folds are asked for.
     """
     table = read_table(path, ("slide", "label"), ("group", "split")).sort_by("slide")
     columns = {name: table[name].to_pylist() for name in table.column_names}
@@ -219,7 +235,15 @@ def load_slides(path: Path, seed: int) -> SlideTask:
         raise InputError(f"{path}: only one class, '{classes[0]}'; a head needs two")
     labels = np.searchsorted(classes, columns["label"]).astype(np.int64)
     groups = columns.get("group", slide_ids)
-    splits, notes = carve_splits(labels, groups, columns.get("split"), classes, seed, str(path))
+    drawn = None
+    if folds:
+        if "split" in columns:
+            raise InputError(f"{path} gives splits, and folds={folds} draws its own: leave one out")
+        drawn = draw_folds(labels, groups, folds, inner_folds, seed, str(path))
+        splits = np.full(len(labels), "test")
+        notes = [f"every slide is test once, in {folds} folds of groups, {inner_folds} within each"]
+    else:
+        splits, notes = carve_splits(labels, groups, columns.get("split"), classes, seed, str(path))
     if "group" not in columns:
         notes.insert(0, "no groups are given, so each slide is its own: patients may leak")
     return SlideTask(
@@ -229,6 +253,7 @@ def load_slides(path: Path, seed: int) -> SlideTask:
         groups=groups,
         splits=splits,
         notes=tuple(notes),
+        folds=drawn,
     )
 
 
@@ -286,7 +311,8 @@ def grid_cells(places: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.in
     return cells
 
 
-def _record(path: Path, store: FeatureStore, before: list[EncoderRecord]) -> EncoderRecord:
+def record_of(path: Path, store: FeatureStore, before: list[EncoderRecord]) -> EncoderRecord:
+    """What results say of a store, under a name that no other one has."""
     label = path.resolve().name
     if any(encoder.label == label for encoder in before):
         label = f"{path.resolve().parent.name}/{label}"
@@ -304,11 +330,13 @@ def _run(
     config: BagsConfig, task: SlideTask, bags: list[Bag], name: str, device: torch.device
 ) -> tuple[dict[str, Outcome], dict[str, list[npt.NDArray[np.float32]]]]:
     """Outcomes by protocol, and the attention of heads on test bags."""
+    if task.folds is not None:
+        return _run_folds(config, task, task.folds, bags, name, device)
     test, val = task.splits == "test", task.splits == "val"
     known = ~test
     outcomes: dict[str, Outcome] = {}
     if config.pooled:
-        means = np.stack([bag.features.astype(np.float32).mean(axis=0) for bag in bags])
+        means = _means(bags)
         labelled = Labelled(
             features=means[known], labels=task.labels[known], is_val=val[known], device=device
         )
@@ -334,3 +362,32 @@ def _run(
             HEADS[head].recipe,
         )  # fmt: skip
     return outcomes, attention
+
+
+def _run_folds(
+    config: BagsConfig,
+    task: SlideTask,
+    folds: Folds,
+    bags: list[Bag],
+    name: str,
+    device: torch.device,
+) -> tuple[dict[str, Outcome], dict[str, list[npt.NDArray[np.float32]]]]:
+    """As `_run`, of all slides."""
+    n_classes = len(task.classes)
+    outcomes: dict[str, Outcome] = {}
+    if config.pooled:
+        ran = classify_means(
+            choose(config.pooled), _means(bags), task.labels, n_classes, folds, config.seed, device
+        )
+        outcomes |= {MEAN + protocol: outcome for protocol, outcome in ran.items()}
+    attention = {}
+    for head in choose_heads(config.heads):
+        outcomes[head], attention[head] = classify(
+            HEADS[head], bags, task.labels, n_classes, folds, config.seed, device,
+            f"{head} on {name}",
+        )  # fmt: skip
+    return outcomes, attention
+
+
+def _means(bags: list[Bag]) -> npt.NDArray[np.float32]:
+    return np.stack([bag.features.astype(np.float32).mean(axis=0) for bag in bags])

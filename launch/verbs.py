@@ -230,6 +230,13 @@ VERBS: dict[str, Verb] = {
         "features of slides to verdicts on slides: mean pooling, AB-MIL, TransMIL, with attention",
         "eosin eval bags 'features=[curated/features]' labels=slides.csv out=runs/first/bags",
     ),
+    "eval survival": Verb(
+        "eosin.eval.survival",
+        "SurvivalConfig",
+        "evaluate_survival",
+        "features of slides to patients' risk in nested folds: Cox or hazards, C with intervals",
+        "eosin eval survival 'features=[uni_bags]' table=patients.csv out=runs/first/survival",
+    ),
     "eval regression": Verb(
         "eosin.eval.regression",
         "RegressionConfig",

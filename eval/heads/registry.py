@@ -67,6 +67,8 @@ HEADS: dict[str, HeadProtocol] = {
 }
 """Name and version → the head; the version rises when the same bags would get other numbers."""
 
+CLASSES_ALONE = ("abmil/contrastive@1", "clam/sb@1", "packmil@1")
+"""Whose training asks for classes."""
 USUAL = ("abmil/gated@2", "transmil/grid@2")
 """What is run when nothing else is asked for; mean pooling stands beside it by tiles' protocols."""
 

@@ -3,9 +3,9 @@
 A member of the pass is a head with bags of its own to learn from and to be stopped by. All see the
 bags in one order, drawn from (seed, epoch), in batches of whole bags; each takes a step on those of
 a batch that are its own. What it draws is a function of its own seed and the step, so the company
-changes nothing. The epoch with the best AUROC on its val bags counts (the least loss among equals),
-and a member is done when that has not risen for a while. Test bags play no part. Legend: S slides,
-D features, C classes, K members.
+changes nothing. The epoch that its aim finds best on its val bags counts, and a member is done when
+nothing better came for a while. Test bags play no part. Legend: S slides, D features, C outputs, K
+members.
 """
 
 import copy
@@ -17,16 +17,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eosin.eval.heads.head import Criterion, Head, Verdict
-from eosin.eval.heads.losses import balanced_weights, cross_entropy
+from eosin.eval.heads.aims import Aim, Classes
+from eosin.eval.heads.head import Head, Verdict
 from eosin.eval.heads.packed import Packed, pack
 from eosin.eval.heads.recipe import Recipe
 from eosin.eval.probe import Outcome, shares_of_runs
-from eosin.eval.ranking import Ranking
 from eosin.launch.progress import Meter
 
 MakeHead = Callable[[int, int], Head]
-"""(features, classes) to a head."""
+"""(features, outputs) to a head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +85,11 @@ class Fitted:
         return packed._replace(features=features)
 
     @torch.no_grad()
-    def ask(self, bag: Bag) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Probabilities [C] and weights [N] of a whole bag."""
+    def ask(self, bag: Bag) -> tuple[Tensor, npt.NDArray[np.float32]]:
+        """Outputs [C] and weights [N] of a whole bag."""
         self.head.eval()
         verdict: Verdict = self.head(self.seen(packed_bags([bag], self.device)))
-        return verdict.outputs[0].softmax(dim=0).cpu().numpy(), verdict.weights.cpu().numpy()
+        return verdict.outputs[0].cpu(), verdict.weights.cpu().numpy()
 
 
 def run_head(
@@ -109,11 +108,12 @@ def run_head(
     rows = np.arange(len(bags))
     train, val = rows[: len(splits.train)], rows[len(splits.train) :]
     members = [Member(seed=1000 * seed + run, train=train, val=val) for run in range(recipe.runs)]
-    fitted = fit_members(make, bags, labels, members, n_classes, recipe, seed, device, name)
+    aim = Classes(labels, n_classes)
+    fitted = fit_members(make, bags, aim, members, recipe, seed, device, name)
     probabilities, weights = [], list[list[npt.NDArray[np.float32]]]()
     for member in fitted:
         found = [member.ask(bag) for bag in splits.test]
-        probabilities.append(np.stack([p for p, _ in found]))
+        probabilities.append(torch.stack([said for said, _ in found]).softmax(dim=1).numpy())
         weights.append([w for _, w in found])
     stacked = np.stack(probabilities)  # [R, S, C]
     runs = stacked.argmax(axis=2).astype(np.int16)
@@ -130,9 +130,8 @@ def run_head(
 def fit_members(
     make: MakeHead,
     bags: Sequence[Bag],
-    labels: npt.NDArray[np.int64],
+    aim: Aim,
     members: Sequence[Member],
-    n_classes: int,
     recipe: Recipe,
     seed: int,
     device: torch.device,
@@ -143,9 +142,8 @@ def fit_members(
     Args:
         make: of a head.
         bags: that any member learns from or is stopped by.
-        labels: of the bags, [S]; a member sees those of its own rows alone.
+        aim: of the bags; a member sees what is known of its own rows alone.
         members: K of them.
-        n_classes: C.
         recipe: of all.
         seed: of the order of bags.
         device: of the heads.
@@ -154,7 +152,7 @@ def fit_members(
     Returns:
         Each member with the weights of its best epoch.
     """
-    pupils = [_Pupil(make, bags, labels, m, n_classes, recipe, device) for m in members]
+    pupils = [_Pupil(make, bags, aim, member, recipe, device) for member in members]
     with Meter(f"fit {name}", recipe.epochs, "epochs") as meter:
         for epoch in range(1, recipe.epochs + 1):
             going = [pupil for pupil in pupils if not pupil.done]
@@ -195,22 +193,19 @@ class _Pupil:
         self,
         make: MakeHead,
         bags: Sequence[Bag],
-        labels: npt.NDArray[np.int64],
+        aim: Aim,
         member: Member,
-        n_classes: int,
         recipe: Recipe,
         device: torch.device,
     ) -> None:
-        self._bags, self._labels, self._recipe = bags, labels, recipe
-        self._member, self._n_classes = member, n_classes
+        self._bags, self._recipe, self._member = bags, recipe, member
+        self._aim = aim.of(member.train)
         mean, deviation = moments([bags[row] for row in member.train.tolist()])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(member.seed)
-            head = make(len(mean), n_classes)
+            head = make(len(mean), aim.n_outputs)
         self._fitted = Fitted(head, mean, deviation, device)
-        own = labels[member.train]
-        counts = torch.from_numpy(np.bincount(own, minlength=n_classes))
-        self._criterion: Criterion = cross_entropy(balanced_weights(counts).to(device))
+        self._criterion = self._aim.criterion(device)
         self._optimiser = torch.optim.AdamW(
             (p for p in head.parameters() if p.requires_grad),
             lr=recipe.rate,
@@ -219,7 +214,7 @@ class _Pupil:
         self._mine = np.zeros(len(bags), np.bool_)
         self._mine[member.train] = True
         self._kept = copy.deepcopy(head.state_dict())
-        self._best: tuple[float, float] = (-1.0, 0.0)
+        self._best: tuple[float, float] = (-np.inf, 0.0)
         self._best_epoch, self.done = 0, False
 
     def learn(self, rows: npt.NDArray[np.int64], epoch: int, number: int) -> None:
@@ -232,7 +227,7 @@ class _Pupil:
         head.progress = (epoch - 1) / max(self._recipe.epochs - 1, 1)
         head.reseed((self._member.seed * 1000 + epoch) * 10_000 + number)
         packed = packed_bags([self._bags[row] for row in rows.tolist()], device)
-        targets = torch.from_numpy(self._labels[rows]).to(device)
+        targets = self._aim.targets(rows).to(device)
         loss = head.training_loss(self._fitted.seen(packed), targets, self._criterion)
         self._optimiser.zero_grad()
         loss.backward()
@@ -254,13 +249,10 @@ class _Pupil:
         return self._fitted
 
     def _score(self) -> tuple[float, float]:
-        """AUROC on val, and minus its cross-entropy."""
-        rows = self._member.val.tolist()
-        found = np.stack([self._fitted.ask(self._bags[row])[0] for row in rows])
-        labels = self._labels[self._member.val]
-        own = np.zeros(len(labels), np.int64)
-        area = float(Ranking(found, labels, own, 1)(np.ones((1, 1)))[0])
-        return area, float(np.log(np.maximum(found[np.arange(len(labels)), labels], 1e-12)).mean())
+        """What the aim thinks of the outputs on val."""
+        val = self._member.val
+        outputs = torch.stack([self._fitted.ask(self._bags[row])[0] for row in val.tolist()])
+        return self._aim.judge(outputs, val)
 
 
 def packed_bags(bags: Sequence[Bag], device: torch.device) -> Packed:

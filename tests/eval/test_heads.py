@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eosin.eval.heads.abmil import GatedAttention
 from eosin.eval.heads.additive import Additive
+from eosin.eval.heads.aims import Classes
 from eosin.eval.heads.clam import Clam
 from eosin.eval.heads.contrastive import Contrastive
 from eosin.eval.heads.dsmil import Dsmil
@@ -208,9 +209,9 @@ def test_many_heads_in_one_pass_are_each_as_it_is_alone(name: str) -> None:
     ]
     recipe = Recipe(epochs=3, rate=1e-3, tiles_a_step=60)
     make = HEADS[name].make
-    together = fit_members(make, bags, labels, members, 2, recipe, 5, CPU)
+    together = fit_members(make, bags, Classes(labels, 2), members, recipe, 5, CPU)
     for member, fitted in zip(members, together, strict=True):
-        [solo] = fit_members(make, bags, labels, [member], 2, recipe, 5, CPU)
+        [solo] = fit_members(make, bags, Classes(labels, 2), [member], recipe, 5, CPU)
         assert solo.epoch == fitted.epoch
         for key, tensor in fitted.head.state_dict().items():
             torch.testing.assert_close(
@@ -230,7 +231,9 @@ def test_labels_of_bags_that_are_not_ones_own_are_not_looked_at() -> None:
     poisoned = labels.copy()
     poisoned[13:] = 1 - poisoned[13:]
     states = [
-        fit_members(GatedAttention, bags, of, [member], 2, recipe, 0, CPU)[0].head.state_dict()
+        fit_members(GatedAttention, bags, Classes(of, 2), [member], recipe, 0, CPU)[
+            0
+        ].head.state_dict()
         for of in (labels, poisoned)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
