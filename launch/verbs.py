@@ -237,6 +237,13 @@ VERBS: dict[str, Verb] = {
         "features of slides to patients' risk in nested folds: Cox or hazards, C with intervals",
         "eosin eval survival 'features=[uni_bags]' table=patients.csv out=runs/first/survival",
     ),
+    "eval transfer": Verb(
+        "eosin.eval.transfer",
+        "TransferConfig",
+        "evaluate_transfer",
+        "heads of every cohort of slides on every other one: a matrix with paired losses",
+        "eosin eval transfer features=uni_bags labels=slides.csv out=runs/first/transfer",
+    ),
     "eval regression": Verb(
         "eosin.eval.regression",
         "RegressionConfig",
