@@ -1,4 +1,8 @@
-"""Where a head looks: attention as a table, and as pictures: on the slide, or as a mosaic."""
+"""Where a head looks, or what tiles say: a table, and pictures on the slide or as a mosaic.
+
+A map is a head's weights of a slide's tiles, or, where its verdict is the mean of what its tiles
+say, the probabilities of classes by each. Legend: N tiles of a slide, C classes.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib import colormaps
 from matplotlib.colors import LinearSegmentedColormap
+from scipy.stats import rankdata
 
 from eosin.eval.heads.training import Bag
 from eosin.eval.report import Picture
@@ -34,7 +39,7 @@ def write_attention(
 
     Args:
         bags: of S slides.
-        weights: of their tiles, [N] each, which sum to 1.
+        weights: the map of each: weights [N], which sum to 1, or probabilities [N, C].
         out: folder of the evaluation.
         stem: of the files.
         most: slides that are drawn.
@@ -49,9 +54,10 @@ def write_attention(
             "tile_id": [tile_id for bag in bags for tile_id in bag.tile_ids],
             "column": cells[:, 0],
             "row": cells[:, 1],
-            "weight": np.concatenate(weights),
+            **_columns(np.concatenate(weights)),
         }
     )
+    weights = [shown_of(of_bag) for of_bag in weights]
     path = out / "attention" / f"{stem}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
@@ -72,9 +78,20 @@ def write_attention(
     return pictures
 
 
+def _columns(maps: Weights) -> dict[str, Weights]:
+    if maps.ndim == 1:
+        return {"weight": maps}
+    return {f"probability_{label}": maps[:, label] for label in range(maps.shape[1])}
+
+
+def shown_of(of_bag: Weights) -> Weights:
+    """What is drawn of a map: the weights, or the probability of the slide's likeliest class."""
+    return of_bag if of_bag.ndim == 1 else of_bag[:, int(of_bag.mean(axis=0).argmax())]
+
+
 def ranks_of(weights: Weights) -> npt.NDArray[np.float64]:
-    """Each weight's rank among those of its slide, from 0 to 1."""
-    ranks = np.argsort(np.argsort(weights, kind="stable"), kind="stable")
+    """Each weight's rank among those of its slide, from 0 to 1; equal ones have equal ranks."""
+    ranks = rankdata(weights, method="average") - 1
     found: npt.NDArray[np.float64] = ranks / max(len(ranks) - 1, 1)
     return found
 
@@ -110,9 +127,8 @@ def draw_on_slide(view: SlideView, tile_ids: Sequence[str], weights: Weights, pa
             axes.set_axis_off()
             if place < len(tiles):
                 axes.imshow(tiles[place])
-                axes.set_title(
-                    f"{weights[heaviest[place]] * len(weights):.2g}× the mean", fontsize=8
-                )
+                over = float(weights[heaviest[place]] / weights.mean())
+                axes.set_title(f"{over:.2g}× the mean", fontsize=8)
 
 
 def draw_mosaic(bags: Sequence[Bag], weights: Sequence[Weights], path: Path) -> None:

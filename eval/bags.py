@@ -182,7 +182,9 @@ def evaluate_bags(config: BagsConfig) -> None:
             title="Attention",
             text="Tiles of test slides at their places, by the rank of their weights: on a slide "
             "the brighter, in a mosaic the darker, the more of the verdict rests on a tile. "
-            "Attention says where a head looked, not what it saw.",
+            "Attention says where a head looked, not what it saw. Heads whose verdict is the mean "
+            "of what every tile says (mean, additive) show how much a tile speaks for the slide's "
+            "likeliest class.",
             pictures=tuple(pictures),
         )
     ]

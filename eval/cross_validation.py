@@ -12,7 +12,7 @@ import torch
 from eosin.eval.folds import Folds
 from eosin.eval.heads.aims import Aim, Classes
 from eosin.eval.heads.registry import HeadProtocol
-from eosin.eval.heads.training import Bag, fit_members
+from eosin.eval.heads.training import Bag, fit_members, map_of
 from eosin.eval.probe import Labelled, Outcome, shares_of_runs
 from eosin.eval.protocols import run_protocols
 
@@ -29,7 +29,7 @@ def cross_validate(
     """What the heads of its fold say of each slide, all fitted in one pass over the bags.
 
     Returns:
-        Outputs [S, J, C]; the mean weights of each slide's tiles; the epochs that were chosen.
+        Outputs [S, J, C]; the map of each slide, as `map_of` makes it; the epochs that were chosen.
     """
     members = folds.members(seed)
     fitted = fit_members(head.make, bags, aim, members, head.recipe, seed, device, name)
@@ -41,7 +41,7 @@ def cross_validate(
         for row in folds.test(fold).tolist():
             said = [member.ask(bags[row]) for member in own]
             outputs[row] = torch.stack([outputs_ for outputs_, _ in said]).numpy()
-            weights[row] = np.mean([w for _, w in said], axis=0)
+            weights[row] = map_of([w for _, w in said])
     return outputs, weights, [member.epoch for member in fitted]
 
 

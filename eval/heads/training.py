@@ -86,10 +86,15 @@ class Fitted:
 
     @torch.no_grad()
     def ask(self, bag: Bag) -> tuple[Tensor, npt.NDArray[np.float32]]:
-        """Outputs [C] and weights [N] of a whole bag."""
+        """Outputs [C] of a whole bag; what its tiles say [N, C], or the weights that they have [N].
+
+        What they say is there for a head whose verdict is the mean of that: its weights are equal,
+        and show nothing.
+        """
         self.head.eval()
         verdict: Verdict = self.head(self.seen(packed_bags([bag], self.device)))
-        return verdict.outputs[0].cpu(), verdict.weights.cpu().numpy()
+        shown = verdict.weights if verdict.tile_outputs is None else verdict.tile_outputs
+        return verdict.outputs[0].cpu(), shown.cpu().numpy()
 
 
 def run_head(
@@ -101,7 +106,7 @@ def run_head(
     name: str,
     recipe: Recipe | None = None,
 ) -> tuple[Outcome, list[npt.NDArray[np.float32]]]:
-    """What the head says of the test bags, and the mean weights that it gives their tiles."""
+    """What the head says of the test bags, and the map of each, as `map_of` makes it."""
     recipe = recipe or Recipe()
     bags = [*splits.train, *splits.val]
     labels = np.concatenate([splits.train_labels, splits.val_labels])
@@ -124,7 +129,21 @@ def run_head(
         runs=runs,
         chosen={"epoch": float(np.median([member.epoch for member in fitted]))},
     )
-    return outcome, [np.mean(of_bag, axis=0) for of_bag in zip(*weights, strict=True)]
+    return outcome, [map_of(of_bag) for of_bag in zip(*weights, strict=True)]
+
+
+def map_of(shown: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """The mean over heads of what `Fitted.ask` shows of one bag.
+
+    Returns:
+        Weights [N], which sum to 1; or probabilities of classes by what each tile says, [N, C].
+    """
+    mean = np.mean(shown, axis=0)
+    if mean.ndim == 2:
+        raised = np.exp(mean - mean.max(axis=1, keepdims=True))
+        mean = raised / raised.sum(axis=1, keepdims=True)
+    found: npt.NDArray[np.float32] = mean.astype(np.float32)
+    return found
 
 
 def fit_members(

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from eosin.configs.errors import InputError
 from eosin.data_curation.features import join_features
 from eosin.data_curation.manifest import FEATURE_ROWS
+from eosin.eval.attention_maps import ranks_of, write_attention
 from eosin.eval.bags import BagsConfig, evaluate_bags, grid_cells
 from eosin.eval.heads import registry
 from eosin.eval.heads.abmil import GatedAttention
@@ -286,3 +287,23 @@ def test_files_of_clam_are_evaluated_as_bags(
         if row.metric == "auroc"
     }
     assert scores["abmil/gated@2"] > 0.8 and "transmil/grid@2" in scores
+
+
+def test_heads_that_are_means_show_what_their_tiles_say(tmp_path: Path) -> None:
+    """Their weights are equal: ranks of those would be the order of the tiles."""
+    assert set(ranks_of(np.full(5, 0.2, np.float32))) == {0.5}
+    np.testing.assert_allclose(
+        ranks_of(np.array([3, 1, 1, 2], np.float32)), [1, 1 / 6, 1 / 6, 2 / 3]
+    )
+    train, labels, _ = haystack(24, 7, tiles=20)
+    splits = BagSplits(train=train[:16], train_labels=labels[:16], val=train[16:20],
+                       val_labels=labels[16:20], test=train[20:])  # fmt: skip
+    recipe = Recipe(runs=2, epochs=2)
+    _, maps = run_head(registry.HEADS["additive@1"].make, splits, 2, 0, CPU, "test", recipe)
+    for bag, of_bag in zip(train[20:], maps, strict=True):
+        assert of_bag.shape == (len(bag.features), 2)
+        np.testing.assert_allclose(of_bag.sum(axis=1), 1, atol=1e-5)
+    write_attention(train[20:], maps, tmp_path, "a", 2, "x")
+    table = pq.read_table(tmp_path / "attention" / "a.parquet")
+    assert table.column_names[-2:] == ["probability_0", "probability_1"]
+    assert (tmp_path / "figures" / "attention-a.png").is_file()
