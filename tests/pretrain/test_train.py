@@ -241,10 +241,16 @@ def test_a_frozen_gram_teacher_is_an_earlier_encoder(shards: Path, tmp_path: Pat
 @pytest.mark.pitfall(20)
 @pytest.mark.parametrize("changes", [
     ["objective.targets=centre", "objective.patch_head={prototypes: 16, hidden: 8, bottleneck: 4}"],
-    ["objective.ibot=0", "objective.jepa={weight: 1.0, depth: 1, width: 16, heads: 2}",
-     "masks={kind: jepa, share: 1.0}", "model.positions=rope", "model.rope.rescale=2.0"],
-    ["objective.gram={weight: 1.0, start: 2, refresh_every: 3}", "masks.exact=true",
-     "objective.spread={kind: kde, over: group}", "spread_ramp=[0.2,0.6]"],
+    pytest.param(
+        ["objective.ibot=0", "objective.jepa={weight: 1.0, depth: 1, width: 16, heads: 2}",
+         "masks={kind: jepa, share: 1.0}", "model.positions=rope", "model.rope.rescale=2.0"],
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        ["objective.gram={weight: 1.0, start: 2, refresh_every: 3}", "masks.exact=true",
+         "objective.spread={kind: kde, over: group}", "spread_ramp=[0.2,0.6]"],
+        marks=pytest.mark.slow,
+    ),
 ])  # fmt: skip
 def test_other_objectives_resume_bit_for_bit(
     changes: list[str], shards: Path, tmp_path: Path
