@@ -163,7 +163,7 @@ class NetworkEncoder(Encoder):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features [B, D], fp32, where the network is, of images [B, 3, H, W] from `transform`."""
-        with torch.inference_mode():
+        with torch.no_grad():  # what is returned may be trained on
             return self._pool(images.to(self._device)).float()
 
     def tokens(self, images: Tensor, layers: Sequence[int] = ()) -> EncoderTokens:
@@ -180,7 +180,7 @@ class NetworkEncoder(Encoder):
         model, prefix = self._model, getattr(self._model, "num_prefix_tokens", None)
         if prefix is None:
             raise InputError(f"encoder {self.name} has no patch tokens")
-        with torch.inference_mode():
+        with torch.no_grad():  # what is returned may be trained on
             given = images.to(self._device)
             found = model.forward_features(given).float()  # [B, N, D]
             rows = images.shape[2] // model.patch_embed.patch_size[0]

@@ -35,7 +35,7 @@ from eosin.launch.artefacts import is_done, mark_done, replacing, stamp_of
 from eosin.launch.process import choose_device, join_world
 from eosin.launch.progress import Meter
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same features would be written otherwise."""
 
 LayoutName: TypeAlias = Literal["h5", "stamp", "atlaspatch", "slide2vec", "parquet", "zarr", "bags"]
@@ -106,6 +106,8 @@ class SlideFeatures:
     """Likewise, exact, in micrometres."""
     tissue: npt.NDArray[np.float32]
     """Fraction of each tile, [N]; NaN where it was not measured."""
+    section: npt.NDArray[np.int32]
+    """Piece of tissue that each tile is of, [N], from 1; 0: none."""
     attributes: dict[str, Any]
     """Of the tiles and the encoder; None is left out."""
 
@@ -183,7 +185,8 @@ def _slides(
             dim = features.shape[1] // (1 + grid[0] * grid[1])
             patches = features[:, dim:].reshape(-1, *grid, dim)
             features = np.ascontiguousarray(features[:, :dim])
-        tissue = dict(zip(own["tile_id"].to_pylist(), own["tissue_fraction"], strict=True))
+        place = {name: at for at, name in enumerate(own["tile_id"].to_pylist())}
+        kept = own.take([place[name] for name in rows["tile_id"].to_pylist()])
         corners = np.stack([rows["level0_x"].to_numpy(), rows["level0_y"].to_numpy()], axis=1)
         level0_px = round(size_px * mpp / slide["mpp_x"])
         yield SlideFeatures(
@@ -193,9 +196,8 @@ def _slides(
             patch_tokens=patches,
             coords=np.round(corners).astype(np.int64),
             corners_um=corners * np.array([slide["mpp_x"], slide["mpp_y"]]),
-            tissue=np.array(
-                [tissue[name].as_py() for name in rows["tile_id"].to_pylist()], np.float32
-            ),
+            tissue=kept["tissue_fraction"].to_numpy().astype(np.float32),
+            section=kept["section"].fill_null(0).to_numpy().astype(np.int32),
             attributes={
                 "name": slide_id,
                 "patch_size": size_px,
@@ -249,7 +251,10 @@ def _write(config: ExtractConfig, layout: str, found: SlideFeatures, store: str)
     marker.parent.mkdir(exist_ok=True)
     if layout == "h5":
         with replacing(path) as partial:
-            write_h5(partial, found.features, found.patch_tokens, found.coords, found.attributes)
+            write_h5(
+                partial, found.features, found.patch_tokens, found.coords, found.attributes,
+                found.section - 1 if found.section.all() else None,
+            )  # fmt: skip
     elif layout == "stamp":
         with replacing(path) as partial:
             write_stamp(partial, found.features, found.corners_um, found.attributes)

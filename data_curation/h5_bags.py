@@ -29,6 +29,7 @@ def write_h5(
     patch_tokens: npt.NDArray[np.floating] | None,
     coords: npt.NDArray[np.int64],
     attributes: Mapping[str, Any],
+    contour_index: npt.NDArray[np.int32] | None = None,
 ) -> None:
     """Writes one slide.
 
@@ -39,12 +40,16 @@ def write_h5(
         coords: [N, 2].
         attributes: of tiles and encoder; those that are None are left out, as nobody reads them
             alike.
+        contour_index: piece of tissue of each tile, [N], from 0, as EXAONE-Path reads it; None: no
+            such key.
     """
     known = {name: value for name, value in attributes.items() if value is not None}
     with h5py.File(path, "w", libver="v108", track_order=False) as file:
         arrays: dict[str, npt.NDArray[Any]] = {"features": features, "coords": coords}
         if patch_tokens is not None:
             arrays["patch_tokens"] = patch_tokens
+        if contour_index is not None:
+            arrays["contour_index"] = contour_index
         made = {
             name: file.create_dataset(name, data=values, track_times=False)
             for name, values in arrays.items()
