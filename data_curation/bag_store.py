@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from eosin.configs.errors import InputError
-from eosin.data_curation.features import FeatureStore, as_half, join_features, open_features
+from eosin.data_curation.features import META, FeatureStore, as_half, join_features, open_features
 from eosin.data_curation.manifest import BAG_TOKENS, FEATURE_ROWS, read_table, write_table
 
 TOKENS = "tokens.parquet"
@@ -248,12 +248,26 @@ def write_bags(
     Raises:
         InputError: a slide comes twice, or a feature is not finite in float16.
     """
-    tables: list[tuple[pa.Table, pa.Table]] = []
     halves = folder.with_name(f".{folder.name}.features")
     halves.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        rows, tokens = _write_halves(halves, bags, folder)
+        (folder / META).unlink(missing_ok=True)  # what follows belongs together or is not there
+        write_table(tokens, folder / TOKENS, BAG_TOKENS)
+        written = np.memmap(halves, np.float16, "r", shape=(rows.num_rows, dim))
+        parts = (written[start : start + 65536] for start in range(0, rows.num_rows, 65536))
+        join_features(folder, rows=rows, dim=dim, stamp=stamp, parts=parts, meta=meta)
+    finally:
+        halves.unlink(missing_ok=True)
+    return BagStore(folder)
+
+
+def _write_halves(path: Path, bags: Iterable[SlideBag], folder: Path) -> tuple[pa.Table, pa.Table]:
+    """Features of all bags into one file; the tables that go with them."""
+    tables: list[tuple[pa.Table, pa.Table]] = []
     seen: set[str] = set()
     total = 0
-    with halves.open("wb") as file:
+    with path.open("wb") as file:
         for bag in bags:
             if bag.slide_id in seen:
                 raise InputError(f"slide '{bag.slide_id}' comes twice")
@@ -263,15 +277,9 @@ def write_bags(
             tables.append(_tables(bag, order))
             total += len(order)
     if not tables:
-        halves.unlink()
         raise InputError(f"{folder}: no slides, so no bags")
     rows, tokens = (pa.concat_tables(parts) for parts in zip(*tables, strict=True))
-    write_table(tokens, folder / TOKENS, BAG_TOKENS)
-    written = np.memmap(halves, np.float16, "r", shape=(total, dim))
-    parts = (written[start : start + 65536] for start in range(0, total, 65536))
-    join_features(folder, rows=rows, dim=dim, stamp=stamp, parts=parts, meta=meta)
-    halves.unlink()
-    return BagStore(folder)
+    return rows, tokens
 
 
 def _tables(bag: SlideBag, order: npt.NDArray[np.int64]) -> tuple[pa.Table, pa.Table]:

@@ -32,7 +32,9 @@ from eosin.launch.artefacts import (
 FORMAT = 1
 """Version of what a store holds; stores of another one are made again."""
 
-_FEATURES, _ROWS, _META, _PROGRESS = "features.npy", "rows.parquet", "meta.json", ".progress.json"
+META = "meta.json"
+"""The marker, written last."""
+_FEATURES, _ROWS, _PROGRESS = "features.npy", "rows.parquet", ".progress.json"
 _OFFSETS = "offsets.npy"
 
 
@@ -70,7 +72,7 @@ def features_stamp(encoder_digest: str, data_digest: str) -> str:
 
 def has_features(folder: Path, stamp: str) -> bool:
     """Whether `folder` holds the finished store with this stamp."""
-    return is_done(folder / _META, stamp)
+    return is_done(folder / META, stamp)
 
 
 def rows_done(folder: Path, stamp: str) -> int:
@@ -88,7 +90,7 @@ def open_features(folder: Path) -> FeatureStore:
     Raises:
         InputError: there is none, or its parts do not belong together.
     """
-    if not (folder / _META).is_file():
+    if not (folder / META).is_file():
         raise InputError(f"{folder} holds no finished features; run the step that makes them")
     rows = read_table(folder / _ROWS, FEATURE_ROWS)
     try:
@@ -100,7 +102,7 @@ def open_features(folder: Path) -> FeatureStore:
     if features.dtype != np.float16 or len(features) != rows.num_rows:
         raise InputError(f"{folder}: features and rows do not belong together; delete the folder")
     return FeatureStore(
-        features=features, rows=rows, meta=read_json(folder / _META), offsets=slide_offsets(rows)
+        features=features, rows=rows, meta=read_json(folder / META), offsets=slide_offsets(rows)
     )
 
 
@@ -144,7 +146,7 @@ def write_features(
     if has_features(folder, stamp):
         return open_features(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _META).unlink(missing_ok=True)
+    (folder / META).unlink(missing_ok=True)
     partial, final = folder / f".{_FEATURES}.partial", folder / _FEATURES
     header = _npy_header(rows.num_rows, dim)
     done = rows_done(folder, stamp)
@@ -166,7 +168,7 @@ def write_features(
             write_json(folder / _PROGRESS, {"stamp": stamp, "rows": stop})
     _write_rows(folder, rows)
     partial.replace(final)
-    mark_done(folder / _META, stamp, format=FORMAT, dtype="float16", dim=dim, **meta)
+    mark_done(folder / META, stamp, format=FORMAT, dtype="float16", dim=dim, **meta)
     (folder / _PROGRESS).unlink(missing_ok=True)
     return open_features(folder)
 
@@ -190,13 +192,13 @@ def join_features(
         parts: float16 [n, D] each, N rows together; one is in memory at a time.
         meta: what else ``meta.json`` records.
     """
-    (folder / _META).unlink(missing_ok=True)
+    (folder / META).unlink(missing_ok=True)
     with replacing(folder / _FEATURES) as partial, partial.open("wb") as file:
         file.write(_npy_header(rows.num_rows, dim))
         for part in parts:
             file.write(np.ascontiguousarray(part, "<f2").tobytes())
     _write_rows(folder, rows)
-    mark_done(folder / _META, stamp, format=FORMAT, dtype="float16", dim=dim, **meta)
+    mark_done(folder / META, stamp, format=FORMAT, dtype="float16", dim=dim, **meta)
 
 
 def _write_rows(folder: Path, rows: pa.Table) -> None:

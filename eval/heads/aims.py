@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from eosin.configs.errors import InputError
 from eosin.eval.heads.head import Criterion
 from eosin.eval.heads.losses import balanced_weights, cross_entropy
 from eosin.eval.heads.survival import (
@@ -108,7 +109,10 @@ class Survival:
         """With time cut at the events in `train`."""
         cuts = np.empty(0)
         if self.loss == "hazard":
-            cuts = cut_times(self.times[train], self.events[train], self.n_intervals)
+            try:
+                cuts = cut_times(self.times[train], self.events[train], self.n_intervals)
+            except ValueError as error:
+                raise InputError(f"{error}: give n_intervals= or folds= lower") from error
         return FittedSurvival(self, cuts)
 
     def risks(self, outputs: Tensor) -> Tensor:

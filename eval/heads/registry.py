@@ -16,6 +16,7 @@ from eosin.eval.heads.mhim import Mhim
 from eosin.eval.heads.packmil import PackMil
 from eosin.eval.heads.prototype_pooling import PrototypePooling
 from eosin.eval.heads.recipe import Recipe
+from eosin.eval.heads.spatial import Spatial
 from eosin.eval.heads.transmil import TransMil
 
 
@@ -53,6 +54,11 @@ HEADS: dict[str, HeadProtocol] = {
         make=TransMil,
         what="TransMIL (256, 8 heads) with tiles at their places",
         recipe=Recipe(bags_a_step=1, rate=1e-4),
+    ),
+    "spatial/alibi@1": HeadProtocol(
+        make=Spatial,
+        what="two blocks (128, 4 heads) of attention that falls with distance",
+        recipe=Recipe(rate=5e-4),
     ),
     "mhim/v2@1": HeadProtocol(
         make=Mhim, what="gated attention taught by its average on bags without their easiest 3 %"

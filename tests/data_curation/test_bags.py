@@ -235,6 +235,7 @@ def refused(tmp_path: Path, write: Callable[[Path], None], **options: Any) -> st
     with pytest.raises(InputError) as caught:
         imported(tmp_path / "files", tmp_path / "out", **options)
     assert not (tmp_path / "out" / "meta.json").exists()
+    assert not (tmp_path / ".out.features").exists()
     said = str(caught.value)
     assert str(tmp_path / "files") in said and "\n" not in said
     return said

@@ -178,3 +178,15 @@ def test_what_is_no_cohort_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     command = ["eval", "survival", "features=[x]", f"table={table}", "out=y"]
     assert main([*command, "heads=[clam/sb@1]"]) == 2
     assert "learns from classes alone" in capsys.readouterr().err
+
+
+def test_too_few_events_for_the_intervals_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, table = patients(tmp_path, 24, 0)
+    command = ["eval", "survival", f"features=[{store}]", f"table={table}", "device=cpu",
+               f"out={tmp_path / 'out'}", "loss=hazard", "n_intervals=40", "folds=2",
+               "inner_folds=2"]  # fmt: skip
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "too few for 40 intervals: give n_intervals= or folds= lower" in said
