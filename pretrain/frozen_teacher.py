@@ -37,8 +37,8 @@ class TeacherConfig:
 
     run: Path | None = None
     """A run of ours whose teacher, heads included, is learnt from and never changes; null: the
-    student's own moving average. A released encoder gets heads first: train with
-    `start.weights=` it and `start.frozen_steps=` all steps."""
+    student's own moving average. A released encoder gets heads first: ``--config stage/heads``
+    with `start.weights=` it."""
     also: list[Path] = field(default_factory=list)
     """Further runs that are learnt from beside `run`, each by heads of its own in the student;
     they may have other numbers of prototypes. Every loss is the mean over the teachers."""
