@@ -2,9 +2,9 @@
 
 The baselines are what a harness does today: scikit-learn's logistic regression once for each C,
 few-shot episodes in a loop that centres, normalises and measures every distance an episode (UNI's
-loop, written anew), one brute-force pass of scikit-learn's neighbours, and a loop that draws groups
-and calls scikit-learn's metrics. Where a baseline is a loop of equal rounds, some of them are timed
-and the rest is multiplied out. Both sides have the same threads.
+loop, written anew), one brute-force pass of scikit-learn's neighbours, a loop that draws groups and
+calls scikit-learn's metrics, and Cox's loss in a double loop. Where a baseline is a loop of equal
+rounds, some of them are timed and the rest is multiplied out. Both sides have the same threads.
 """
 
 import json
@@ -43,6 +43,7 @@ from eosin.eval.probe import Labelled, Outcome, normalise, one_hot
 from eosin.eval.protocols import choose, run_protocols
 from eosin.launch.artefacts import write_text
 from eosin.launch.bench import Row, less_is_better, report
+from eosin.launch.bench_cox import cox_sides
 from eosin.launch.device_names import DeviceName
 from eosin.launch.process import choose_device
 
@@ -113,6 +114,7 @@ def bench_probes(config: BenchProbesConfig) -> None:
             _in_turn("fewshot 1,000 episodes of 16", *fewshot_sides(tiles), config.repeats),
             _in_turn("knn eight k, both votes", *knn_sides(tiles), config.repeats),
             _in_turn("bootstrap 1,000 of five metrics", *bootstrap_sides(tiles), config.repeats),
+            _in_turn("cox loss of 512 patients", *cox_sides(512), config.repeats),
         ]
         title = (
             f"probes on {config.tiles:,} × {config.dim} in {config.classes} classes, "

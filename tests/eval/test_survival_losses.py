@@ -1,6 +1,4 @@
-"""Cox and discrete hazards against loops, against scikit-survival's fit, and against its speed."""
-
-import time
+"""Cox and discrete hazards against loops, and against scikit-survival's fit."""
 
 import numpy as np
 import numpy.typing as npt
@@ -138,31 +136,3 @@ def test_time_is_cut_at_events_alone() -> None:
         cut_times(np.ones(10), np.ones(10, np.bool_), 4)
     with pytest.raises(ValueError, match="0 events"):
         cut_times(times, np.zeros(200, np.bool_), 4)
-
-
-@pytest.mark.slow
-def test_cox_is_much_faster_than_the_double_loop() -> None:
-    """The matrix of who is at risk, filled in two loops, is the form that is mostly copied."""
-    risk, targets = patients(512, 0)
-
-    def loops() -> float:
-        times = targets[:, 0]
-        at_risk = np.zeros((512, 512))
-        for i in range(512):
-            for j in range(512):
-                at_risk[i, j] = times[j] >= times[i]
-        theta = risk[:, 0]
-        sums = (torch.exp(theta) * torch.from_numpy(at_risk)).sum(dim=1)
-        return float(-((theta - sums.log()) * targets[:, 1]).sum() / targets[:, 1].sum())
-
-    def seconds(of: object, repeats: int) -> float:
-        found = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            of()  # type: ignore[operator]
-            found.append(time.perf_counter() - began)
-        return float(np.median(found))
-
-    ratio = seconds(loops, 3) / seconds(lambda: cox_loss(risk, targets), 30)
-    print(f"{ratio:.0f} times faster at 512 patients")
-    assert ratio > 50

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from eosin.eval import fewshot, knn
+from eosin.eval.heads.survival import cox_loss
+from eosin.launch.bench_cox import double_loop, patients
 from eosin.launch.bench_probes import (
     BenchProbesConfig,
     fewshot_sides,
@@ -48,12 +50,17 @@ def test_the_command_prints_and_writes_rows(
     overrides += ["repeats=1", "loop_rounds=3", "suite=['knn/*']"]
     assert main(["bench", "probes", *overrides, "--json", str(file)]) == 0
     rows = {row["name"]: row for row in json.loads(file.read_text())}
-    assert {name.split()[0] for name in rows} == {"sweep", "fewshot", "knn", "bootstrap"}
+    assert {name.split()[0] for name in rows} == {"sweep", "fewshot", "knn", "bootstrap", "cox"}
     worst = rows["sweep objective, the worst of 45"]
     assert worst["ours"] < 1 + 1e-4 and worst["baseline"] == 1
     suite = json.loads((tmp_path / "probes.suite.json").read_text())
     assert set(suite) == set(knn.FAMILY.protocols)
     assert "all 3 protocols" in capsys.readouterr().out
+
+
+def test_coxs_baseline_is_the_same_loss() -> None:
+    risks, targets = patients(64)
+    torch.testing.assert_close(double_loop(risks, targets), cox_loss(risks, targets))
 
 
 def test_bad_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
