@@ -9,7 +9,7 @@ members.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from eosin.launch.progress import Meter
 
 MakeHead = Callable[[int, int], Head]
 """(features, outputs) to a head."""
+Tensors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +180,9 @@ def fit_members(
                 meter.advance(recipe.epochs + 1 - epoch)
                 break
             for number, rows in enumerate(batches_of(bags, recipe, seed, epoch)):
+                read = {row: tensors_of(bags[row], device) for row in rows.tolist()}
                 for pupil in going:
-                    pupil.learn(rows, epoch, number)
+                    pupil.learn(rows, read, epoch, number)
             for pupil in going:
                 pupil.judge(epoch)
             meter.advance(1)
@@ -236,8 +238,10 @@ class _Pupil:
         self._best: tuple[float, float] = (-np.inf, 0.0)
         self._best_epoch, self.done = 0, False
 
-    def learn(self, rows: npt.NDArray[np.int64], epoch: int, number: int) -> None:
-        """One step on those of a batch's bags that are its own."""
+    def learn(
+        self, rows: npt.NDArray[np.int64], read: Mapping[int, Tensors], epoch: int, number: int
+    ) -> None:
+        """One step on those of a batch's bags that are its own; all members share what was read."""
         rows = rows[self._mine[rows]]
         if not len(rows):
             return
@@ -245,7 +249,7 @@ class _Pupil:
         head.train()
         head.progress = (epoch - 1) / max(self._recipe.epochs - 1, 1)
         head.reseed((self._member.seed * 1000 + epoch) * 10_000 + number)
-        packed = packed_bags([self._bags[row] for row in rows.tolist()], device)
+        packed = pack([read[row] for row in rows.tolist()])
         targets = self._aim.targets(rows).to(device)
         loss = head.training_loss(self._fitted.seen(packed), targets, self._criterion)
         self._optimiser.zero_grad()
@@ -276,15 +280,13 @@ class _Pupil:
 
 def packed_bags(bags: Sequence[Bag], device: torch.device) -> Packed:
     """Bags as one batch on a device, fp32."""
-    return pack(
-        [
-            (
-                torch.from_numpy(bag.features.astype(np.float32)).to(device),
-                torch.from_numpy(bag.cells).to(device),
-            )
-            for bag in bags
-        ]
-    )
+    return pack([tensors_of(bag, device) for bag in bags])
+
+
+def tensors_of(bag: Bag, device: torch.device) -> Tensors:
+    """A bag's features [N, D], fp32, and cells [N, 2] on a device."""
+    features = torch.from_numpy(bag.features.astype(np.float32)).to(device)
+    return features, torch.from_numpy(bag.cells).to(device)
 
 
 def moments(bags: Sequence[Bag]) -> tuple[Tensor, Tensor]:
