@@ -45,6 +45,17 @@ def pack_store(
     print(f"{len(store.offsets) - 1} bags → {folder}")
 
 
+def tiles_of(rows: pa.Table, cells: pa.Table) -> pa.Table:
+    """The cells of one slide that features were made of, in the features' order.
+
+    Args:
+        rows: of a store of features, of that slide.
+        cells: of ``tiles.parquet``, likewise.
+    """
+    place = {name: at for at, name in enumerate(cells["tile_id"].to_pylist())}
+    return cells.take([place[name] for name in rows["tile_id"].to_pylist()])
+
+
 def _bags(
     store: FeatureStore, slides: Mapping[str, Mapping[str, Any]], cells: pa.Table
 ) -> Iterator[SlideBag]:
@@ -53,9 +64,7 @@ def _bags(
     for start, stop in itertools.pairwise(store.offsets.tolist()):
         rows = store.rows.slice(start, stop - start)
         slide_id = rows["slide_id"][0].as_py()
-        own = cells.filter(pc.equal(cells["slide_id"], slide_id))
-        place = {name: at for at, name in enumerate(own["tile_id"].to_pylist())}
-        own = own.take([place[name] for name in rows["tile_id"].to_pylist()])
+        own = tiles_of(rows, cells.filter(pc.equal(cells["slide_id"], slide_id)))
         level0_mpp = float(slides[slide_id]["mpp_x"])
         size_px, mpp = own["size_px"][0].as_py(), own["requested_mpp"][0].as_py()
         yield SlideBag(

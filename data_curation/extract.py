@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eosin.configs.errors import InputError
-from eosin.data_curation.bag_packing import pack_store
+from eosin.data_curation.bag_packing import pack_store, tiles_of
 from eosin.data_curation.embed_config import EmbedConfig, EmbedOptions
 from eosin.data_curation.embed_tiles import WAIT_S, embed_among
 from eosin.data_curation.embed_tiles import plan as plan_embed
@@ -185,8 +185,7 @@ def _slides(
             dim = features.shape[1] // (1 + grid[0] * grid[1])
             patches = features[:, dim:].reshape(-1, *grid, dim)
             features = np.ascontiguousarray(features[:, :dim])
-        place = {name: at for at, name in enumerate(own["tile_id"].to_pylist())}
-        kept = own.take([place[name] for name in rows["tile_id"].to_pylist()])
+        kept = tiles_of(rows, own)
         corners = np.stack([rows["level0_x"].to_numpy(), rows["level0_y"].to_numpy()], axis=1)
         level0_px = round(size_px * mpp / slide["mpp_x"])
         yield SlideFeatures(

@@ -69,8 +69,19 @@ def read_foreign(path: Path, encoder: str = "") -> ForeignBag:
         encoder: which features of an AtlasPatch file; needed where it holds several.
 
     Raises:
-        InputError: it is damaged, or in no known layout.
+        InputError: it is damaged, in no known layout, or its parts do not belong together.
     """
+    found = _read(path, encoder)
+    shape, n = found.features.shape, len(found.coords)
+    pieces = n if found.section is None else len(found.section)
+    if len(shape) != 2 or shape[0] != n or pieces != n or not n:
+        raise InputError(
+            f"{path}: features of shape {list(shape)} and {n} corners do not belong together"
+        )
+    return found
+
+
+def _read(path: Path, encoder: str) -> ForeignBag:
     if path.suffix in (".npz", ".pt"):
         return _slide2vec(path)
     with _opened(path) as file:
@@ -97,8 +108,9 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 
 def _trident(path: Path, file: h5py.File) -> ForeignBag:
-    coords = _dataset(path, file, "coords")
-    said = {**_attributes(file), **_attributes(file["features"]), **_attributes(file["coords"])}
+    said = {**_attributes(file), **_attributes(file["features"])}
+    coords = _corners(path, _dataset(path, file, "coords"))
+    said |= _attributes(file["coords"])
     footprint, size = _number(said, "patch_size_level0"), _number(said, "patch_size")
     layout: ForeignLayout = "trident"
     if footprint is None:
@@ -111,7 +123,7 @@ def _trident(path: Path, file: h5py.File) -> ForeignBag:
         path=path,
         layout=layout,
         features=_dataset(path, file, "features"),
-        coords=coords[:, :2].astype(np.float64),
+        coords=coords,
         unit="px",
         size_px=size,
         footprint_px=footprint,
@@ -144,7 +156,7 @@ def _stamp(path: Path, file: h5py.File) -> ForeignBag:
         path=path,
         layout="stamp",
         features=_dataset(path, file, "feats"),
-        coords=_dataset(path, file, "coords")[:, :2].astype(np.float64),
+        coords=_corners(path, _dataset(path, file, "coords")),
         unit="um",
         size_px=size,
         overlap_px=0.0,
@@ -166,7 +178,7 @@ def _atlaspatch(path: Path, file: h5py.File, encoder: str) -> ForeignBag:
         path=path,
         layout="atlaspatch",
         features=_dataset(path, file, f"features/{name}"),
-        coords=_dataset(path, file, "coords")[:, :2].astype(np.float64),
+        coords=_corners(path, _dataset(path, file, "coords")),
         unit="px",
         size_px=_number(said, "patch_size"),
         footprint_px=_number(said, "patch_size_level0"),
@@ -207,7 +219,7 @@ def _slide2vec(path: Path) -> ForeignBag:
         path=path,
         layout="slide2vec",
         features=features,
-        coords=np.asarray(coords, np.float64),
+        coords=_corners(found, coords),
         unit="px",
         size_px=size,
         footprint_px=_number(said, "tile_size_lv0"),
@@ -218,6 +230,13 @@ def _slide2vec(path: Path) -> ForeignBag:
         encoder_digest=_text(said, "encoder_digest"),
         transform_digest=_text(said, "transform_digest"),
     )
+
+
+def _corners(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The first two columns, x and y, [N, 2]."""
+    if values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind not in "iuf":
+        raise InputError(f"{path}: corners of shape {list(values.shape)} are not x and y of tiles")
+    return values[:, :2].astype(np.float64)
 
 
 def _dataset(path: Path, file: h5py.File, name: str) -> npt.NDArray[Any]:

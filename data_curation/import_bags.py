@@ -301,13 +301,8 @@ def _scales(
 
 
 def _without_zeros(found: ForeignBag, leave_out: bool) -> ForeignBag:
-    """Refuses lengths that differ and features that are none; rows of zeros as it is told."""
+    """Refuses features that are no numbers; rows of zeros as it is told."""
     features, n = found.features, len(found.coords)
-    if features.ndim != 2 or len(features) != n or not n:
-        raise InputError(
-            f"{found.path}: features of shape {list(features.shape)} and {n} corners do not "
-            "belong together"
-        )
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
         raise InputError(f"{found.path}: {len(bad)} rows are not finite, first row {bad[0]}")

@@ -1,9 +1,9 @@
-"""The verb `eval bags`: slides by their bags of features: mean pooling, AB-MIL, TransMIL.
+"""The verb `eval bags`: slides by their bags of features: mean pooling, and heads on bags.
 
-A bag is all features of one slide of a feature store (`eosin embed`); several stores, of several
-encoders or magnifications, stand in one table. Mean pooling takes any protocol of tiles, with the
-mean of a slide's features in the place of a tile's. Splits, intervals and comparisons are as for
-tiles, by patient.
+A bag is all features of one slide of a feature store (`eosin embed`, `eosin bags`); several stores,
+of several encoders or magnifications, stand in one table. Mean pooling takes any protocol of tiles,
+with the mean of a slide's features in the place of a tile's. Splits, or nested folds, intervals and
+comparisons are by patient, as for tiles.
 """
 
 from dataclasses import dataclass, field

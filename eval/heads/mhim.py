@@ -9,8 +9,8 @@ comes out. It is held against the teacher's embedding too (softmax at 0.1, weigh
 teacher sees the whole bag.
 
 Not the papers': the teacher starts as the student, not as a head trained before; it is in eval mode
-(theirs adds dropout's noise to its scores and targets). Masks are tensors: nothing waits for the
-device. Legend as in `head`; K tokens.
+(theirs adds dropout's noise to its scores and targets). Masks are tensors, where theirs are sets of
+numbers on the host. Legend as in `head`; K tokens.
 """
 
 import copy
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from eosin.eval.heads.abmil import GatedAttention
 from eosin.eval.heads.head import Criterion, Drawing, Head, Verdict
-from eosin.eval.heads.packed import Packed, bag_softmax, bag_sum
+from eosin.eval.heads.packed import Packed, bag_softmax, bag_sum, sorted_rows
 
 WIDTH = 256
 HIDDEN_SHARE = 0.03
@@ -134,11 +134,8 @@ class Mhim(Head):
 
 def _place_in_bag(keys: Tensor, packed: Packed) -> Tensor:
     """The place of each tile in its bag, smallest key first: int64 [T], from 0."""
-    order = keys.argsort(stable=True)
-    order = order[packed.bag[order].argsort(stable=True)]
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=keys.device) - packed.offsets[packed.bag[order]]
-    return place
+    order, place = sorted_rows(keys, packed)
+    return torch.empty_like(place).index_copy(0, order, place)
 
 
 def _behind(h: Tensor, packed: Packed, tokens: Tensor) -> tuple[Tensor, Packed]:

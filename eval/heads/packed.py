@@ -115,8 +115,18 @@ def top_rows(scores: Tensor, packed: Packed, count: int, largest: bool = True) -
         count: of rows a bag.
         largest: or the smallest.
     """
-    keyed = -scores.detach() if largest else scores.detach()
-    order = keyed.argsort(stable=True)
-    order = order[packed.bag[order].argsort(stable=True)]  # by bag, then by score
-    place = torch.arange(len(order), device=scores.device) - packed.offsets[packed.bag[order]]
+    order, place = sorted_rows(-scores if largest else scores, packed)
     return order[place < count]
+
+
+def sorted_rows(keys: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    """Rows by bag, then by key, smallest first; and the place of each in its bag, from 0.
+
+    Args:
+        keys: [T].
+        packed: the bags.
+    """
+    order = keys.detach().argsort(stable=True)
+    order = order[packed.bag[order].argsort(stable=True)]
+    place = torch.arange(len(order), device=keys.device) - packed.offsets[packed.bag[order]]
+    return order, place

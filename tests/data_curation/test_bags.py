@@ -379,3 +379,21 @@ def test_a_lattice_does_not_depend_on_the_order_of_tiles() -> None:
     first = find_lattice(coords.astype(np.float64), FOOTPRINT, FOOTPRINT, "x")
     again = find_lattice(coords[shuffled].astype(np.float64), FOOTPRINT, FOOTPRINT, "x")
     np.testing.assert_array_equal(first.cells[shuffled], again.cells)
+
+
+def test_parts_of_other_shapes_are_one_line(tmp_path: Path) -> None:
+    """A slide's vector in the place of its tiles, corners in one row, too few pieces of tissue."""
+    coords, features = tiles_of(0)
+    trident(tmp_path / "a", "a", coords, features)
+    for name, key, values, words in (
+        ("b", "features", features.mean(axis=0), r"features of shape \[6\] and 47 corners"),
+        ("c", "coords", coords[:, 0], r"corners of shape \[47\] are not x and y"),
+        ("d", "contour_index", np.zeros(3, np.int32), "do not belong together"),
+    ):
+        trident(tmp_path / name, "a", coords, features)
+        with h5py.File(tmp_path / name / "a.h5", "a") as file:
+            if key in file:
+                del file[key]
+            file[key] = values
+        with pytest.raises(InputError, match=words):
+            imported(tmp_path / name, tmp_path / "out", mpp=MPP)
