@@ -105,7 +105,10 @@ class BagStore:
         self._cells = np.column_stack([tokens["column"], tokens["row"]]).astype(np.int32)
         self._origin, self._section = (tokens[n].to_numpy() for n in ("origin", "section"))
         level0, footprint = (tokens[n].to_numpy() for n in ("level0_mpp", "footprint_px"))
+        self._sizes_px, self._footprint_px, self._level0_mpp = tokens["size_px"], footprint, level0
         self._centres = (self._corners + footprint[:, None] / 2) * level0[:, None]
+        self.tile_um = float(np.median(footprint * level0))
+        """Side of a tile."""
 
     @property
     def dim(self) -> int:
@@ -137,6 +140,29 @@ class BagStore:
         at = self._at(slide_id)
         rows = slice(self.offsets[at], self.offsets[at + 1])
         return self._cells[rows], self._origin[rows]
+
+    def with_features(self, slide_id: str, features: npt.NDArray[np.floating]) -> "SlideBag":
+        """The tiles of a slide with other features, [N, D'], in the order of `read`.
+
+        Raises:
+            InputError: no such slide.
+        """
+        own, start = self.read(slide_id), int(self.offsets[self._at(slide_id)])
+        return SlideBag(
+            slide_id=slide_id,
+            group=own.group,
+            stain=own.stain,
+            features=features,
+            corner_px=own.corner_px,
+            cells=own.cells,
+            origin=own.origin,
+            section=own.section,
+            tile_ids=own.tile_ids,
+            mpp=float(own.mpp[0]),
+            size_px=int(self._sizes_px[start].as_py()),
+            footprint_px=float(self._footprint_px[start]),
+            level0_mpp=float(self._level0_mpp[start]),
+        )
 
     def window(
         self, slide_id: str, corner_um: tuple[float, float], size_um: tuple[float, float]

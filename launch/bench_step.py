@@ -47,7 +47,7 @@ from eosin.pretrain.optim import OptimConfig
 from eosin.pretrain.parallel import ParallelName
 from eosin.pretrain.plain_step import check_plain
 from eosin.pretrain.prototype_kernels import LossKernelName
-from eosin.pretrain.rate import Rate
+from eosin.pretrain.rate import Rate, flops_counter
 from eosin.pretrain.recompute import Recompute
 from eosin.pretrain.vit import VitConfig
 
@@ -348,7 +348,7 @@ def step_rows(
 
 def data_row(config: BenchStepConfig, fast: FastStep, held_rate: float, steps: int) -> Row:
     """Our rate with the loader at work, against that on crops held in memory."""
-    rate = Rate(config.training, fast.device, fast.dtype, World())
+    rate = Rate(flops_counter(config.training), fast.device, fast.dtype, World())
     stream = rate.waiting(_from_shards(config, steps + 1))
     first = next(stream)  # waits until the workers are there
     fast.take(first, NoWatch())
@@ -359,7 +359,7 @@ def data_row(config: BenchStepConfig, fast: FastStep, held_rate: float, steps: i
     wait_for(fast.device)
     lap = rate.lap()
     name = f"step data {config.name} waiting {100 * lap.data_wait:.0f} %"
-    return more_is_better(name, "tiles/s", lap.tiles_per_s, held_rate)
+    return more_is_better(name, "tiles/s", lap.samples_per_s, held_rate)
 
 
 def loss_memory_row(config: BenchStepConfig, device: torch.device) -> Row:

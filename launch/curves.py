@@ -34,6 +34,8 @@ TITLES = {
     "momentum": "teacher momentum",
     "temperature": "teacher temperature",
     "tiles_per_s": "tiles per second",
+    "slides_per_s": "slides per second",
+    "cases_per_s": "cases per second",
     "mfu": "MFU (share of the GPU's peak)",
     "data_wait": "time spent waiting for data",
     "memory_gib": "peak memory (GiB)",

@@ -138,6 +138,8 @@ class StepMeter(Meter):
 _FIGURES = {
     "loss": lambda value: f"loss {value:.3f}",
     "tiles_per_s": lambda value: f"{_three_digits(value)} tiles/s",
+    "slides_per_s": lambda value: f"{_three_digits(value)} slides/s",
+    "cases_per_s": lambda value: f"{_three_digits(value)} cases/s",
     "mfu": lambda value: f"MFU {value:.1%}",
     "data_wait": lambda value: f"data wait {value:.0%}",
     "memory_gib": lambda value: f"{_three_digits(value)} GiB",

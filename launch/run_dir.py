@@ -54,12 +54,12 @@ def changes_since(folder: Path, config: Any, may_change: frozenset[str]) -> list
 def changed_keys(
     before: Mapping[str, Any], now: Mapping[str, Any], may_change: frozenset[str]
 ) -> list[str]:
-    """Every key that differs, with both values, but for top-level keys that may change."""
+    """Every key that differs, with both values, but for those that may change, with all below."""
     one, other = _flatten(before), _flatten(now)
     return [
         f"{key}: {one.get(key)} → {other.get(key)}"
         for key in sorted(one.keys() | other.keys())
-        if one.get(key) != other.get(key) and key.split(".")[0] not in may_change
+        if one.get(key) != other.get(key) and not {key, key.split(".")[0]} & may_change
     ]
 
 

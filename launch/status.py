@@ -44,6 +44,9 @@ class RunStatus:
     """The sum that is optimised, at the last log step."""
     tiles_per_s: float | None = None
     """Of all ranks together."""
+    slides_per_s: float | None = None
+    """Likewise, where slides are what is learnt from; or cases."""
+    cases_per_s: float | None = None
     mfu: float | None = None
     """Share of the devices' peak; none on a CPU or an unknown GPU."""
     data_wait: float | None = None

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eosin.configs.errors import ConfigError
+from eosin.pretrain.distance_attention import Places
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Packing:
     starts: Tensor | None = field(default=None, compare=False)
     """Where each sequence starts, and T at the end, int32 [sequences + 1], on the device; the
     varlen kernel alone reads it."""
+    places: Places | None = field(default=None, compare=False)
+    """Where the tokens lie, for attention that asks (`slide.attention`)."""
 
     @property
     def lengths(self) -> list[int]:

@@ -9,13 +9,20 @@ a place (class token, registers) are at no distance from any. Legend: T tokens o
 sequences, H heads, C channels of a head.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 QUERIES, KEYS = 512, 1024
 """Sides of a tile of the matrix."""
+SHORT = 512
+"""Sequences up to so many tokens are taken several at a time, filled up to the longest of them."""
+CELLS = 2**21
+"""Pairs of tokens, of all of them, that are taken at a time."""
 
 
 class Places(NamedTuple):
@@ -81,6 +88,74 @@ def _bias(slopes: Tensor, places: Places, rows: slice, columns: slice) -> Tensor
     return bias
 
 
+@lru_cache(maxsize=64)
+def _parted(offsets: tuple[int, ...]) -> tuple[list[NDArray[np.int64]], list[tuple[int, int]]]:
+    """How sequences are taken.
+
+    Returns:
+        Short ones of about one length together, as rows [b, n], -1 where one is filled up; and
+        where each long one begins and ends.
+    """
+    starts = np.array(offsets, np.int64)
+    sizes = np.diff(starts)
+    ordered = [i for i in np.argsort(sizes, kind="stable").tolist() if 0 < sizes[i] <= SHORT]
+    together: list[list[int]] = []
+    for at in ordered:
+        own = together[-1] if together else []
+        fits = own and (len(own) + 1) * sizes[at] ** 2 <= CELLS
+        if fits and sizes[own[0]] >= 0.75 * sizes[at]:
+            own.append(at)
+        else:
+            together.append([at])
+    rows = []
+    for members in together:
+        longest = int(sizes[members[-1]])
+        places = starts[members][:, None] + np.arange(longest)
+        rows.append(np.where(np.arange(longest) < sizes[members][:, None], places, -1))
+    long = [(int(starts[i]), int(starts[i + 1])) for i in np.flatnonzero(sizes > SHORT)]
+    return rows, long
+
+
+class _Short(NamedTuple):
+    """Sequences of about one length, taken together: b of n tokens, filled up."""
+
+    rows: Tensor
+    """int64 [b · n]; any row where one is filled up."""
+    shape: tuple[int, int]
+    there: Tensor
+    """Which of the rows are tokens, bool [b · n]."""
+
+    @staticmethod
+    def of(rows: NDArray[np.int64], device: torch.device) -> "_Short":
+        flat = torch.from_numpy(rows.ravel()).to(device)
+        return _Short(flat.clamp(min=0), (rows.shape[0], rows.shape[1]), flat >= 0)
+
+    def take(self, x: Tensor) -> Tensor:
+        """Rows of [T, H, C], fp32 [b, H, n, C]."""
+        return x.index_select(0, self.rows).unflatten(0, self.shape).transpose(1, 2).float()
+
+    def put(self, out: Tensor, x: Tensor) -> None:
+        """Writes [b, H, n, C] to the rows of [T, H, C] that are tokens."""
+        flat = x.transpose(1, 2).flatten(0, 1)
+        out[self.rows[self.there]] = flat[self.there].to(out.dtype)
+
+    def shares(self, q: Tensor, k: Tensor, slopes: Tensor, places: Places) -> Tensor:
+        """The softmax of the scores, [b, H, n, n]; a filled-up query attends evenly."""
+        position = places.position.index_select(0, self.rows).unflatten(0, self.shape)  # [b, n, 2]
+        placed = places.placed.index_select(0, self.rows).unflatten(0, self.shape)
+        both = placed[:, :, None] & placed[:, None]
+        a, b = position[:, :, None], position[:, None]
+        away = torch.sqrt((a[..., 0] - b[..., 0]) ** 2 + (a[..., 1] - b[..., 1]) ** 2)
+        scores = q @ k.transpose(2, 3)
+        scores -= slopes[:, None, None] * torch.where(both, away, 0.0)[:, None]
+        apart = ~self.there.unflatten(0, self.shape)[:, None].expand(both.shape)
+        if places.section is not None:
+            section = places.section.index_select(0, self.rows).unflatten(0, self.shape)
+            apart = apart | (both & (section[:, :, None] != section[:, None]))
+        # not -inf, which a query that is none would make NaN of
+        return scores.masked_fill_(apart[:, None], -1e30).softmax(dim=3)
+
+
 def _blocks(start: int, stop: int, side: int) -> list[slice]:
     return [slice(at, min(at + side, stop)) for at in range(start, stop, side)]
 
@@ -94,9 +169,14 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         """See `distance_attention`."""
         out = torch.empty_like(q)
-        log_sums = q.new_empty(q.shape[:2], dtype=torch.float32)  # [T, H]
+        log_sums = q.new_empty(q.shape[:2], dtype=torch.float32)  # [T, H], of long sequences alone
         scale = q.shape[2] ** -0.5
-        for start, stop in zip(places.offsets, places.offsets[1:], strict=False):
+        short, long = _parted(places.offsets)
+        for part in short:
+            own = _Short.of(part, q.device)
+            shares = own.shares(own.take(q) * scale, own.take(k), slopes, places)
+            own.put(out, shares @ own.take(v))
+        for start, stop in long:
             for rows in _blocks(start, stop, QUERIES):
                 queries = q[rows].transpose(0, 1).float() * scale  # [H, n, C]
                 shape = queries.shape[:2]
@@ -127,7 +207,19 @@ class _Tiled(torch.autograd.Function):
         grad = grads[0]
         scale = q.shape[2] ** -0.5
         of_q, of_k, of_v = (torch.zeros(x.shape, device=x.device) for x in (q, k, v))
-        for start, stop in zip(places.offsets, places.offsets[1:], strict=False):
+        short, long = _parted(places.offsets)
+        for part in short:
+            own = _Short.of(part, q.device)
+            queries, keys, values = own.take(q), own.take(k), own.take(v)
+            given = own.take(grad) * own.there.unflatten(0, own.shape)[:, None, :, None]
+            shares = own.shares(queries * scale, keys, slopes, places)
+            inner = given @ values.transpose(2, 3)
+            inner -= (given * own.take(out)).sum(dim=3, keepdim=True)
+            inner *= shares * scale
+            own.put(of_q, inner @ keys)
+            own.put(of_k, inner.transpose(2, 3) @ queries)
+            own.put(of_v, shares.transpose(2, 3) @ given)
+        for start, stop in long:
             for rows in _blocks(start, stop, QUERIES):
                 queries, given, said = (x[rows].transpose(0, 1).float() for x in (q, grad, out))
                 dot = (given * said).sum(dim=2, keepdim=True)  # [H, n, 1]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from eosin.pretrain.agreement import follow_logits, masked_loss, pairs_loss, scaled_targets
 from eosin.pretrain.aside import Aside
 from eosin.pretrain.attention import AttentionFn, Packing
 from eosin.pretrain.collectives import (
@@ -24,30 +25,22 @@ from eosin.pretrain.collectives import (
 )
 from eosin.pretrain.compiled import compile_forward
 from eosin.pretrain.crop_rows import CropRows, crop_rows
-from eosin.pretrain.diagnostics import Measured, PrototypeUse, Window, measure_health
+from eosin.pretrain.diagnostics import PrototypeUse
 from eosin.pretrain.drop_path import DropPath
-from eosin.pretrain.ema import follow, update_teacher
+from eosin.pretrain.ema import update_teacher
 from eosin.pretrain.frozen_teacher import FrozenTeacher
 from eosin.pretrain.gram import gram_loss
 from eosin.pretrain.heads import PrototypeHead
 from eosin.pretrain.initialise import materialise
 from eosin.pretrain.jepa import jepa_loss
 from eosin.pretrain.local_part import local
-from eosin.pretrain.network import Encoded, Logits, Network, ObjectiveConfig
+from eosin.pretrain.network import Encoded, HeadLogits, Logits, Network, ObjectiveConfig
 from eosin.pretrain.positions import Jitter
 from eosin.pretrain.prototype_kernels import LossKernels
-from eosin.pretrain.prototype_loss import (
-    TargetFigures,
-    centred_scaling,
-    mean_logits,
-    prototype_cross_entropy,
-    sinkhorn_scalings,
-    strongest_prototype,
-    target_figures,
-)
 from eosin.pretrain.spread import spread_loss, spread_of
-from eosin.pretrain.targets import Outputs, Targets, Taught, join_logits
+from eosin.pretrain.targets import Outputs, Targets, Taught
 from eosin.pretrain.vit import VitConfig
+from eosin.pretrain.watched_pair import WatchedPair
 
 
 class Losses(NamedTuple):
@@ -73,7 +66,7 @@ class StepRates(NamedTuple):
     """Whether the Gram term is on."""
 
 
-class Distiller(nn.Module):
+class Distiller(WatchedPair):
     """A student that learns to agree with its own moving average.
 
     Args:
@@ -89,6 +82,9 @@ class Distiller(nn.Module):
             heads for each, and the losses are means over them.
         masked: whether patches are hidden from the student.
     """
+
+    student: Network
+    teacher: Network
 
     def __init__(
         self,
@@ -172,11 +168,13 @@ class Distiller(nn.Module):
         share = 1 / len(taught)
         for said, told in zip(student.said, taught, strict=True):
             if said.cls is not None and told.cls is not None:
-                pairs = self._pairs(said.cls, told.cls, views, len(local_crops), batch)  # [S]
+                pairs = pairs_loss(
+                    said.cls, told.cls, views, len(local_crops), batch, o.local_weight, self.kernels
+                )  # [S]
                 dino_global = dino_global + share * o.dino * pairs[:views].sum()
                 dino_local = dino_local + share * o.dino * pairs[views:].sum()
             if said.masked is not None and told.masked is not None:
-                patches = self._masked_patches(said.masked, told.masked, rows.weights)
+                patches = masked_loss(said.masked, told.masked, rows.weights, self.kernels)
                 ibot = ibot + share * o.ibot * patches
         if o.jepa.weight > 0:
             assert student.predicted is not None and taught[0].patches is not None
@@ -208,6 +206,15 @@ class Distiller(nn.Module):
     def networks(self) -> list[Network]:
         """The student, its moving average, and the frozen teachers."""
         return [self.student, self.teacher, *(frozen.network for frozen in self._frozen())]
+
+    def units(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """See `Pair`: a block, a head, the predictor."""
+        roots: list[tuple[nn.Module, list[nn.Module]]] = [
+            (network, [*network.backbone.blocks, *network.on_top()]) for network in self.networks()
+        ]
+        if hasattr(self, "gram_teacher"):
+            roots.append((self.gram_teacher, list(self.gram_teacher.blocks)))
+        return roots
 
     def _frozen(self) -> list[FrozenTeacher]:
         return [of for of in self.frozen if isinstance(of, FrozenTeacher)]
@@ -259,65 +266,16 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _targets(self, parts: Sequence[Encoded], temperature: float) -> list[Taught]:
         """Targets of one teacher for the parts of a step, scaled together."""
-        cls = [part.cls_logits for part in parts if part.cls_logits is not None]
-        masked = [part.patch_logits for part in parts if part.patch_logits is not None]
-        heads = {name: of for name, of in (("cls", cls), ("masked", masked)) if of}
-        whole = {name: join_logits(of) for name, of in heads.items()}
-        if self.objective.targets == "sinkhorn":
-            scalings = sinkhorn_scalings(
-                list(whole.values()), temperature, self.kernels, over_ranks=self._lse_over_ranks
-            )
-        else:
-            scalings = [
-                centred_scaling(*logits, getattr(self, f"{name}_centre"), temperature, self.kernels)
-                for name, logits in whole.items()
-            ]
-        made: dict[str, list[Targets]] = {}
-        for (name, of), scaling in zip(heads.items(), scalings, strict=True):
-            made[name] = [
-                Targets(logits, rows)
-                for logits, rows in zip(of, scaling.split([len(p.x) for p in of]), strict=True)
-            ]
-        none = [None] * len(parts)
-        return [
-            Taught(part.cls, cls_targets, masked_targets, part.patches)
-            for part, cls_targets, masked_targets in zip(
-                parts, made.get("cls", none), made.get("masked", none), strict=True
-            )
-        ]
-
-    def _pairs(
-        self, student: Logits, teacher: Targets, views: int, n_local: int, batch: int
-    ) -> Tensor:
-        """Cross-entropies of each student view with the teacher's other views, [S]."""
-        # Every pair of different views weighs the same: 1/18 with 8 local crops (DINOv2).
-        n_pairs = views * (views - 1) + n_local * views
-        mix = student.x.new_ones(views + n_local, views)
-        mix[:views].fill_diagonal_(0)
-        mix[views:] *= self.objective.local_weight
-        return prototype_cross_entropy(
-            student.x.unflatten(0, (-1, batch)),
-            student.prototypes,
-            teacher.logits.x.unflatten(0, (-1, batch)),
-            teacher.logits.prototypes,
-            teacher.scaling,
-            mix / n_pairs,
-            student.x.new_full((batch,), 1 / batch),
-            kernels=self.kernels,
+        logits = [HeadLogits(part.cls_logits, part.patch_logits) for part in parts]
+        centres = {
+            name: getattr(self, f"{name}_centre")
+            for name in ("cls", "masked")
+            if hasattr(self, f"{name}_centre")
+        }
+        made = scaled_targets(
+            logits, self.objective, temperature, self.kernels, centres, self._lse_over_ranks
         )
-
-    def _masked_patches(self, student: Logits, teacher: Targets, weights: Tensor) -> Tensor:
-        """iBOT: each masked crop counts alike, over all crops, those without a mask included."""
-        return prototype_cross_entropy(
-            student.x[None],
-            student.prototypes,
-            teacher.logits.x[None],
-            teacher.logits.prototypes,
-            teacher.scaling,
-            torch.ones(1, 1, device=student.x.device),
-            weights,
-            kernels=self.kernels,
-        )[0]
+        return [Taught(p.cls, *targets, p.patches) for p, targets in zip(parts, made, strict=True)]
 
     @torch.no_grad()
     def update_teacher(self, outputs: Outputs, momentum: float, bad: Tensor | None = None) -> None:
@@ -332,16 +290,10 @@ class Distiller(nn.Module):
         for name in ("cls", "masked") if self.objective.targets == "centre" else ():
             targets: Targets | None = getattr(outputs, name)
             if targets is not None:
-                self._follow_logits(getattr(self, f"{name}_centre"), targets.logits, bad)
-
-    def _follow_logits(self, centre: Tensor, logits: Logits, bad: Tensor | None) -> None:
-        """Centre ← m · centre + (1 - m) · mean logits over ranks; as it is where none has a row."""
-        x = logits.x.float()
-        sums = self._sum_over_ranks(torch.cat([x.sum(dim=0), x.new_full((1,), len(x))]))
-        mean = mean_logits((sums[:-1] / sums[-1].clamp(min=1))[None], logits.prototypes)
-        none = (sums[-1] == 0).float()
-        stay = none if bad is None else torch.maximum(bad, none)
-        follow([centre], [mean], self.objective.centre_momentum, stay)
+                follow_logits(
+                    getattr(self, f"{name}_centre"), targets.logits,
+                    self.objective.centre_momentum, self._sum_over_ranks, bad,
+                )  # fmt: skip
 
     @torch.no_grad()
     def refresh_gram_teacher(self) -> None:
@@ -349,49 +301,6 @@ class Distiller(nn.Module):
         current = self.teacher.backbone.state_dict()
         for name, tensor in self.gram_teacher.state_dict().items():
             local(tensor).copy_(local(current[name]))
-
-    @torch.no_grad()
-    def record_use(
-        self, step: int, outputs: Outputs, bad: Tensor | None = None
-    ) -> TargetFigures | None:
-        """Marks the prototypes that the teacher used in a step, on any rank; their figures."""
-        targets = outputs.cls
-        if targets is None:
-            return None
-        found = target_figures(*targets.logits, targets.scaling, self.kernels)
-        self.use.record(step, found.strongest, bad)
-        self.use.last_step.copy_(self._max_over_ranks(self.use.last_step))
-        return found
-
-    def health(
-        self,
-        step: int,
-        outputs: Outputs,
-        found: TargetFigures | None,
-        window_steps: int,
-        recorded: int,
-    ) -> Measured:
-        """Health figures of this rank's part of a step, and of the prototypes used before it.
-
-        Args:
-            step: its number.
-            outputs: of it.
-            found: by `record_use`.
-            window_steps: over which prototypes are counted.
-            recorded: those of them that `record_use` saw.
-        """
-        if found is None or outputs.student is None or outputs.cls is None:
-            none = outputs.features.new_empty(0)
-            return measure_health(outputs.features, none, none.long(), none.long(), 0)
-        window = Window(self.use.used_since(step + 1 - window_steps), recorded)
-        return measure_health(
-            outputs.features,
-            found.entropy,
-            found.strongest,
-            strongest_prototype(*outputs.student, self.kernels),
-            len(outputs.cls.logits.prototypes),
-            window,
-        )
 
     def compile(self, backend: str = "inductor") -> None:
         """Compiles blocks, the heads' MLPs and losses, each to a graph, when it first runs.

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from eosin.configs.errors import EosinError, InterruptedRunError
 from eosin.launch.process import World
 from eosin.launch.status import end_status
-from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.trainer_config import TrainerConfig
 
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
 """What torch says when another rank is gone, as a plain RuntimeError too."""
 
 
 @contextmanager
-def telling_why(config: PretrainConfig, world: World) -> Iterator[None]:
+def telling_why(config: TrainerConfig, world: World) -> Iterator[None]:
     """Turns what ends a run early into errors for people, and writes the reason down.
 
     Raises:
@@ -36,7 +36,7 @@ def telling_why(config: PretrainConfig, world: World) -> Iterator[None]:
         raise told from error
 
 
-def _explained(error: RuntimeError, config: PretrainConfig, world: World) -> EosinError | None:
+def _explained(error: RuntimeError, config: TrainerConfig, world: World) -> EosinError | None:
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
         return out_of_memory(config, world)
@@ -48,18 +48,12 @@ def _explained(error: RuntimeError, config: PretrainConfig, world: World) -> Eos
     return None
 
 
-def out_of_memory(config: PretrainConfig, world: World) -> EosinError:
+def out_of_memory(config: TrainerConfig, world: World) -> EosinError:
     """What to change, the changes that alter nothing of what is learned first."""
     here = config.batch_size // world.size
-    ways = []
-    if config.recompute != "full":
-        ways.append("recompute=selective" if config.recompute == "none" else "recompute=full")
-    if config.accumulate < here // config.group:
-        ways.append(f"accumulate={config.accumulate * 2}")
-    if world.size > 1 and config.parallel in ("auto", "ddp"):
-        ways.append("parallel=fsdp")
+    ways = config.ways_to_less_memory(world)
     ways += ["more ranks", f"a batch_size below {config.batch_size}"]
     return EosinError(
-        f"out of memory with {here} tiles a rank; give it {', or '.join(ways)} "
+        f"out of memory with {here} {config.unit} a rank; give it {', or '.join(ways)} "
         "('eosin plan' tells what each takes)"
     )

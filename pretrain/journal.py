@@ -7,14 +7,13 @@ from typing import Self
 from eosin.launch.metrics import Metrics
 from eosin.launch.progress import StepMeter
 from eosin.launch.status import Status
-from eosin.pretrain.batch import Batch
 from eosin.pretrain.checkpoint import TrainState
 from eosin.pretrain.diagnostics import Measured
 from eosin.pretrain.rate import Rate
 from eosin.pretrain.rates import Rates, step_values
-from eosin.pretrain.setup import Training
 from eosin.pretrain.spike import SpikeWatch
 from eosin.pretrain.step_guard import Look
+from eosin.pretrain.trained import B, Trained
 
 DAMAGED_LINES = 20
 """Damaged records that are named; the count of all is in metrics.jsonl."""
@@ -29,10 +28,10 @@ class Journal:
         status: of the run.
     """
 
-    def __init__(self, t: Training, state: TrainState, status: Status) -> None:
+    def __init__(self, t: Trained, state: TrainState, status: Status) -> None:
         self._t, self._status = t, status
         self._damaged, self._damaged_before = 0, state.damaged
-        self._rate = Rate(t.config, t.device, t.dtype, t.world)
+        self._rate = Rate(t.flops_of, t.device, t.dtype, t.world, unit=t.config.unit)
         self._spikes = SpikeWatch(t.config.spike, state.step)
         self._open = ExitStack()
         self._metrics = Metrics(
@@ -57,7 +56,7 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self._open.__exit__(*error)  # type: ignore[arg-type]
 
-    def waiting(self, stream: Iterable[Batch]) -> Iterator[Batch]:
+    def waiting(self, stream: Iterable[B]) -> Iterator[B]:
         """The batches, each counted and its damage told."""
         for batch in self._rate.waiting(stream):
             for reason in batch.damaged.values():
@@ -94,7 +93,7 @@ class Journal:
             state="training",
             step=done,
             loss=loss,
-            tiles_per_s=lap.tiles_per_s,
+            **{f"{lap.unit}_per_s": lap.samples_per_s},
             mfu=lap.mfu,
             data_wait=lap.data_wait,
             memory_gib=lap.memory_gib,

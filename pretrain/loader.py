@@ -6,16 +6,16 @@ records and the errors that a user sees.
 
 import multiprocessing
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import cv2
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from eosin.configs.errors import ConfigError, EosinError
 from eosin.data_curation.shard_cache import CacheConfig
@@ -26,8 +26,24 @@ from eosin.pretrain.steps import BatchPlan, Steps
 SHARED_MEMORY = Path("/dev/shm")
 """Where batches cross from a worker to the trainer on Linux."""
 
-Made: TypeAlias = Generator[Batch | Exception, None, None]
+Made: TypeAlias = Generator[Any, None, None]
 """Batches as they are made, and what is expected to go wrong."""
+
+
+class Served(Protocol):
+    """Makes the batch of any step; a torch dataset."""
+
+    def __getitem__(self, step: int) -> Any:
+        """The batch, or what is expected to go wrong."""
+
+    def close(self) -> None:
+        """Ends what reads."""
+
+    def check_budget(self, damaged: Mapping[int, str]) -> None:
+        """Raises `EosinError` where more is damaged than is allowed."""
+
+    def largest_batch_bytes(self) -> int:
+        """Of a batch, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +135,34 @@ def batches(
         last_step=last_step,
     )
     wanted = range(first_step, last_step)
-    if loader.workers == 0:
+    return serve(steps, wanted, workers=loader.workers, prefetch=loader.prefetch, pin=pin)
+
+
+def serve(
+    steps: "Served", wanted: range, *, workers: int, prefetch: int, pin: bool = False
+) -> Generator[Any]:
+    """The batches of some steps, made here or in other processes.
+
+    Args:
+        steps: makes them; what is expected to go wrong is returned and not raised.
+        wanted: numbers of the steps.
+        workers: processes; 0: this one.
+        prefetch: batches that each holds ready.
+        pin: in page-locked memory.
+
+    Raises:
+        ConfigError: at once, when there is too little shared memory.
+        EosinError: while iterating, as in `batches`.
+    """
+    if workers == 0:
         made: Made = _in_this_process(steps, wanted, pin)
     else:
-        _check_shared_memory(steps, loader)
-        made = _from_workers(steps, loader, wanted, pin)
+        _check_shared_memory(steps, workers, prefetch)
+        made = _from_workers(steps, workers, prefetch, wanted, pin)
     return _within_budget(made, steps)
 
 
-def _within_budget(made: Made, steps: Steps) -> Generator[Batch]:
+def _within_budget(made: Made, steps: "Served") -> Generator[Any]:
     """Passes batches on, each with its newly found damage, until there is more than allowed."""
     found: dict[int, str] = {}
     with closing(made):  # or an error keeps the workers until garbage is collected
@@ -140,24 +175,24 @@ def _within_budget(made: Made, steps: Steps) -> Generator[Batch]:
             yield replace(batch, damaged=new)
 
 
-def _in_this_process(steps: Steps, wanted: range, pin: bool) -> Made:
+def _in_this_process(steps: "Served", wanted: range, pin: bool) -> Made:
     try:
         for step in wanted:
             batch = steps[step]
-            yield batch.pin_memory() if pin and isinstance(batch, Batch) else batch
+            yield batch.pin_memory() if pin and not isinstance(batch, Exception) else batch
     finally:
         steps.close()
 
 
-def _from_workers(steps: Steps, loader: LoaderConfig, wanted: range, pin: bool) -> Made:
+def _from_workers(steps: "Served", workers: int, prefetch: int, wanted: range, pin: bool) -> Made:
     iterator = iter(
         DataLoader(
-            steps,
+            cast(Dataset[Any], steps),
             sampler=wanted,
             batch_size=None,
             collate_fn=_unchanged,
-            num_workers=loader.workers,
-            prefetch_factor=loader.prefetch,
+            num_workers=workers,
+            prefetch_factor=prefetch,
             pin_memory=pin,
             multiprocessing_context=_clean_processes(),
             worker_init_fn=_start_worker,
@@ -197,15 +232,15 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _check_shared_memory(steps: Steps, loader: LoaderConfig) -> None:
+def _check_shared_memory(steps: "Served", workers: int, prefetch: int) -> None:
     """Without this a worker dies of a bus error, as in containers with 64 MB of shared memory."""
     if not SHARED_MEMORY.is_dir():
         return
-    needed = steps.largest_batch_bytes() * (loader.workers * loader.prefetch + 1)
+    needed = steps.largest_batch_bytes() * (workers * prefetch + 1)
     free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise ConfigError(
-            f"{loader.workers} workers that hold {loader.prefetch} batches each need "
+            f"{workers} workers that hold {prefetch} batches each need "
             f"{needed / 1e6:.0f} MB of {SHARED_MEMORY}, where {free / 1e6:.0f} MB are free: lower "
             "loader.workers or loader.prefetch, or give the container more (--shm-size)"
         )

@@ -78,20 +78,23 @@ def group_key(name: str, depth: int, config: OptimConfig) -> GroupKey:
     """The group of the student's parameter `name`, e.g. ``backbone.blocks.3.norm1.bias``.
 
     Layer ids are DINOv2's: 0 for tokens, positions and patch embedding, i + 1 for block i,
-    depth + 1 for the final norm, the heads and a predictor. Biases, norms and LayerScale do not
+    depth + 1 for the final norm, the heads and a predictor, and for the poolings of a slide
+    encoder, which count as heads. Biases, norms and LayerScale do not
     decay; tokens, positions and the prototypes' gain do, as in DINOv2.
     """
-    layer = depth + 1
+    layer, in_backbone = depth + 1, name.startswith("backbone.")
     block = re.match(r"backbone\.blocks\.(\d+)\.", name)
     if block:
         layer = int(block[1]) + 1
-    elif name.startswith("backbone.") and not name.startswith("backbone.norm."):
+    elif name.startswith(("backbone.pool.", "backbone.case.")):
+        in_backbone = False
+    elif in_backbone and not name.startswith("backbone.norm."):
         layer = 0
     factor = config.layer_decay ** (depth + 1 - layer)
     if name.startswith("backbone.patch_embed."):
         factor *= config.patch_embed_lr
     exempt = name.endswith((".bias", ".gamma")) or "norm" in name
-    return GroupKey(factor, not exempt, ".last_" in name, name.startswith("backbone."))
+    return GroupKey(factor, not exempt, ".last_" in name, in_backbone)
 
 
 def build_optimizer(student: nn.Module, depth: int, config: OptimConfig) -> torch.optim.AdamW:

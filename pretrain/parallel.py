@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 from eosin.configs.errors import ConfigError
 from eosin.launch.process import World
 from eosin.pretrain.collectives import Collective, sum_over_ranks
-from eosin.pretrain.distill import Distiller
 
 ParallelName: TypeAlias = Literal["auto", "none", "ddp", "fsdp", "hybrid"]
 
@@ -64,6 +63,19 @@ def choose_parallel(
     return "hybrid" if 1 < world.local_size < world.size else "fsdp"
 
 
+class Pair(nn.Module):
+    """Networks that are laid out together: a student, and those that teach it."""
+
+    student: nn.Module
+
+    def units(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """Each network, with the parts of it whose weights are gathered together, in their order.
+
+        What belongs to no part is gathered with the network.
+        """
+        raise NotImplementedError
+
+
 class Layout:
     """A model laid out over the processes.
 
@@ -80,7 +92,7 @@ class Layout:
 
     def __init__(
         self,
-        model: Distiller,
+        model: "Pair",
         name: ParallelName,
         world: World,
         dtype: torch.dtype,
@@ -127,11 +139,11 @@ def _mesh(name: ParallelName, world: World, device: torch.device, shard_ranks: i
     return init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: Distiller, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard(model: Pair, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Leaves each rank its part of every parameter (FSDP2, arXiv 2304.11277 and torch's docs).
 
-    Units that are gathered together are a block, a head, the predictor, and the rest of a network.
-    Each asks for the next one's weights before it runs: forwards and, in the student, backwards.
+    Each of a network's units asks for the next one's weights before it runs: forwards and, in the
+    student, backwards.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
@@ -140,12 +152,7 @@ def shard(model: Distiller, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     )
     # what a network returns are parts of one tensor, and nobody changes them in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    roots: list[tuple[nn.Module, list[nn.Module]]] = [
-        (network, [*network.backbone.blocks, *network.on_top()]) for network in model.networks()
-    ]
-    if hasattr(model, "gram_teacher"):
-        roots.append((model.gram_teacher, list(model.gram_teacher.blocks)))
-    for root, units in roots:
+    for root, units in model.units():
         for unit in (*units, root):
             # a root would keep what it gathered: right for a backward pass, but a teacher has none,
             # and would go on with the weights of its first step

@@ -12,9 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from eosin.launch.peak import known_peak
 from eosin.launch.process import World
@@ -41,12 +43,23 @@ GIB = 2**30
 Moment = float | torch.cuda.Event
 
 
+class Counted(Protocol):
+    """A rank's share of a step."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Of its samples."""
+
+
+B = TypeVar("B", bound=Counted)
+
+
 @dataclass(frozen=True)
 class Lap:
     """What is known at a log step; the same `slow` on every rank."""
 
-    tiles_per_s: float
-    """Of all ranks together."""
+    samples_per_s: float
+    """Tiles, or slides, of all ranks together."""
     data_wait: float
     """Share of this rank's time that it waited for batches."""
     memory_gib: float
@@ -57,11 +70,13 @@ class Lap:
     """Ranks that have held up the others for some log steps, each in a sentence."""
     news: tuple[str, ...]
     """Those of `slow` that were not yet slow at the log step before."""
+    unit: str = "tiles"
+    """What a sample is."""
 
     def values(self) -> dict[str, float]:
         """The figures for metrics.jsonl."""
         figures = {
-            "tiles_per_s": self.tiles_per_s,
+            f"{self.unit}_per_s": self.samples_per_s,
             "data_wait": self.data_wait,
             "memory_gib": self.memory_gib,
         }
@@ -72,23 +87,25 @@ class Rate:
     """Measures a training; every rank has one, and comes to `lap` at the same steps.
 
     Args:
-        config: of the training.
+        flops_of: operations of a batch; None: they are not counted.
         device: of this rank.
         dtype: of its products of matrices.
         world: the ranks; each batch of the stream is one rank's share.
         clock: seconds.
+        unit: what a sample is, in the plural.
     """
 
     def __init__(
         self,
-        config: PretrainConfig,
+        flops_of: Callable[[Any], float] | None,
         device: torch.device,
         dtype: torch.dtype,
         world: World,
         clock: Callable[[], float] = time.perf_counter,
+        unit: str = "tiles",
     ) -> None:
-        self._config, self._world, self._clock = config, world, clock
-        self._teachers = [read_shape(run) for run in config.teacher.runs]
+        self._flops_of, self._world, self._clock = flops_of, world, clock
+        self._unit = unit
         self._is_cuda = device.type == "cuda"
         self._peak = known_peak(device, dtype)
         self._names = world.all_hosts() if world.host is not None else [socket.gethostname()]
@@ -98,7 +115,7 @@ class Rate:
         self._work: list[tuple[Moment, Moment]] = []
         self._begin_lap()
 
-    def waiting(self, stream: Iterable[Batch]) -> Iterator[Batch]:
+    def waiting(self, stream: Iterable[B]) -> Iterator[B]:
         """The stream, with its batches counted and the time that each takes to come."""
         iterator = iter(stream)
         while True:
@@ -108,9 +125,9 @@ class Rate:
             if batch is None:
                 return
             self._batches += 1
-            self._tiles += len(batch.rows) * self._world.size
-            if self._peak is not None:
-                self._flops += batch_flops(self._config, batch, self._teachers)
+            self._samples += len(batch.rows) * self._world.size
+            if self._peak is not None and self._flops_of is not None:
+                self._flops += self._flops_of(batch)
             yield batch
 
     def start(self) -> None:
@@ -134,19 +151,20 @@ class Rate:
         news = tuple(text for rank, text in sentences.items() if rank not in self._slow)
         self._slow = frozenset(sentences)
         lap = Lap(
-            tiles_per_s=self._tiles / seconds,
+            samples_per_s=self._samples / seconds,
             data_wait=self._waited / seconds,
             memory_gib=peak_memory(self._is_cuda) / GIB,
-            mfu=None if self._peak is None else self._flops / seconds / self._peak,
+            mfu=self._flops / seconds / self._peak if self._peak and self._flops_of else None,
             slow=tuple(sentences.values()),
             news=news,
+            unit=self._unit,
         )
         self._begin_lap()
         return lap
 
     def _begin_lap(self) -> None:
         self._lap_began, self._waited, self._flops = self._clock(), 0.0, 0.0
-        self._tiles = self._batches = 0
+        self._samples = self._batches = 0
         self._started, self._work = None, []
 
     def _now(self) -> Moment:
@@ -210,6 +228,12 @@ def slow_ranks(laps: Sequence[Sequence[RankTime]], hosts: Sequence[str]) -> dict
 
 def _is_slow(time: RankTime, median: float) -> bool:
     return time.work > SLOW * median and time.work - median > NOTICED * time.whole
+
+
+def flops_counter(config: PretrainConfig) -> Callable[[Batch], float]:
+    """Counts the model's operations on a batch of tiles."""
+    teachers = [read_shape(run) for run in config.teacher.runs]
+    return lambda batch: batch_flops(config, batch, teachers)
 
 
 def batch_flops(

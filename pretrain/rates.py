@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from eosin.pretrain.config import PretrainConfig
+from eosin.pretrain.trainer_config import TrainerConfig
 
 
 class Rates(NamedTuple):
@@ -19,7 +19,7 @@ class Rates(NamedTuple):
     """Factor on the backbone's learning rate."""
 
     @classmethod
-    def at(cls, config: PretrainConfig, step: int) -> "Rates":
+    def at(cls, config: TrainerConfig, step: int) -> "Rates":
         """The rates of `step`, a pure function of it."""
         optim, total = config.optim, config.steps
         reference = optim.lr_reference_batch or config.batch_size
@@ -41,22 +41,11 @@ def _ramp(progress: float, low: float, high: float) -> float:
     return min(max((progress - low) / (high - low), 0.0), 1.0) if low < high else 1.0
 
 
-def step_values(
-    config: PretrainConfig, figures: dict[str, float], rates: Rates
-) -> dict[str, float]:
+def step_values(config: TrainerConfig, figures: dict[str, float], rates: Rates) -> dict[str, float]:
     """The scalars of one step for metrics.jsonl, without terms that the objective has not."""
-    o = config.objective
-    off = {
-        "total": True,
-        "dino_global": o.dino == 0,
-        "dino_local": o.dino == 0,
-        "ibot": o.ibot == 0,
-        "jepa": o.jepa.weight == 0,
-        "spread": o.spread.weight == 0,
-        "gram": o.gram.weight == 0,
-    }
+    off = {"total", *config.off}
     return {
-        **{name: value for name, value in figures.items() if not off.get(name, False)},
+        **{name: value for name, value in figures.items() if name not in off},
         "lr": rates.lr,
         "weight_decay": rates.weight_decay,
         "momentum": rates.momentum,

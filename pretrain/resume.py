@@ -15,16 +15,15 @@ from eosin.launch.artefacts import read_json, write_json
 from eosin.launch.process import World
 from eosin.launch.run_dir import changed_keys, changes_since
 from eosin.pretrain.checkpoint import TrainState, list_checkpoints
-from eosin.pretrain.config import MAY_CHANGE, PretrainConfig
 from eosin.pretrain.run_checkpoints import Checkpoints
-from eosin.pretrain.setup import Training
 from eosin.pretrain.spike import LossSpikeError
-from eosin.pretrain.steps import Steps
+from eosin.pretrain.trained import Trained
+from eosin.pretrain.trainer_config import MAY_CHANGE, TrainerConfig
 
 Skips = tuple[tuple[int, int], ...]
 
 
-def refuse_changes(config: PretrainConfig, world: World) -> None:
+def refuse_changes(config: TrainerConfig, world: World) -> None:
     """Compares the config with that of the run folder, where a run is there to go on with.
 
     Raises:
@@ -34,30 +33,37 @@ def refuse_changes(config: PretrainConfig, world: World) -> None:
         _judge(config, world, changes_since(config.out, config, MAY_CHANGE))
 
 
-def resume(t: Training, checkpoints: Checkpoints, data: Steps) -> TrainState:
+def resume(
+    t: Trained, checkpoints: Checkpoints, digest: str, mpp: float | None = None
+) -> TrainState:
     """Loads the newest whole checkpoint; the state of step 0 where there is none.
 
+    Args:
+        t: the training; its tensors are overwritten.
+        checkpoints: of the run.
+        digest: of the data.
+        mpp: scale of it.
+
     Raises:
-        ConfigError: it is of another config or of other shards, and `accept_changes` is not given.
+        ConfigError: it is of another config or of other data, and `accept_changes` is not given.
         EosinError: there are checkpoints, and none is whole.
     """
     config = t.config
     state = _load(t, checkpoints)
     if state is None:
-        mpp = data.reader.index.single_mpp() if config.augment.mpp is None else config.augment.mpp
         skips = _read_skips(config.out)
-        return TrainState(0, 0, data.digest, mpp, as_plain(config), skips=skips)
+        return TrainState(0, 0, digest, mpp, as_plain(config), skips=skips)
     changes = changed_keys(state.config, as_plain(config), MAY_CHANGE)
-    if state.index_digest != data.digest:
+    if state.index_digest != digest:
         changes.append(
-            f"the index of the shards, or of columns that are used: {state.index_digest} → "
-            f"{data.digest} of {config.shards}"
+            f"the index of the {config.data}, or of columns that are used: {state.index_digest} → "
+            f"{digest} of {config.source}"
         )
     _judge(config, t.world, changes)
-    return replace(state, index_digest=data.digest, config=as_plain(config))
+    return replace(state, index_digest=digest, config=as_plain(config))
 
 
-def roll_back(t: Training, checkpoints: Checkpoints, spike: LossSpikeError) -> TrainState:
+def roll_back(t: Trained, checkpoints: Checkpoints, spike: LossSpikeError) -> TrainState:
     """Goes back to the last checkpoint before a spike, and passes over the data that made it.
 
     Raises:
@@ -87,7 +93,7 @@ def roll_back(t: Training, checkpoints: Checkpoints, spike: LossSpikeError) -> T
     return state
 
 
-def _load(t: Training, checkpoints: Checkpoints) -> TrainState | None:
+def _load(t: Trained, checkpoints: Checkpoints) -> TrainState | None:
     """The newest checkpoint whose data is that of the run; those of what was left are removed."""
     tensors, skips = t.tensors(), _read_skips(t.config.out)
     at_most = None
@@ -105,7 +111,7 @@ def _load(t: Training, checkpoints: Checkpoints) -> TrainState | None:
         at_most = left_at
 
 
-def _judge(config: PretrainConfig, world: World, changes: list[str]) -> None:
+def _judge(config: TrainerConfig, world: World, changes: list[str]) -> None:
     if not changes:
         return
     what = f"{config.out} holds a run that differs: {'; '.join(changes)}"

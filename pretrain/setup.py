@@ -1,6 +1,8 @@
 """A training, put together on one rank: networks on their device, laid out, with an optimiser."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -8,15 +10,18 @@ from torch import Tensor
 from eosin.launch.process import World, device_memory
 from eosin.pretrain.attention import choose_attention
 from eosin.pretrain.backbone_weights import load_backbone
+from eosin.pretrain.batch import Batch
 from eosin.pretrain.checkpoint import list_checkpoints
 from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Distiller
 from eosin.pretrain.frozen_teacher import check_grids, keep_to_teachers, load_frozen_teachers
-from eosin.pretrain.local_part import like, local, whole_state
+from eosin.pretrain.local_part import whole_state
 from eosin.pretrain.optim import build_optimizer
 from eosin.pretrain.parallel import Layout, choose_parallel
 from eosin.pretrain.prototype_kernels import choose_kernels
+from eosin.pretrain.rate import flops_counter
 from eosin.pretrain.start import freeze, start_from
+from eosin.pretrain.trained import trained_tensors
 from eosin.pretrain.vit import Vit
 
 
@@ -47,20 +52,14 @@ class Training:
         copy.load_state_dict({k: v.to(self.device) for k, v in state.items()}, assign=True)
         return copy.requires_grad_(False).eval()
 
+    @cached_property
+    def flops_of(self) -> Callable[[Batch], float]:
+        """Operations of a batch."""
+        return flops_counter(self.config)
+
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name; they share the memory of what is trained."""
-        named = {
-            f"model.{name}": tensor
-            for name, tensor in self.model.state_dict().items()
-            if not name.startswith("frozen.")
-        }
-        for name, parameter in self.model.student.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            for key, tensor in self.optimizer.state[local(parameter)].items():
-                lies = tensor if key == "step" else like(parameter, tensor)
-                named[f"optimizer.{name}.{key}"] = lies
-        return named
+        return trained_tensors(self.model, self.model.student, self.optimizer)
 
 
 def set_up(

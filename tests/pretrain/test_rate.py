@@ -24,7 +24,14 @@ from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.flops import StepShape, executed_flops
 from eosin.pretrain.gram import GramConfig
 from eosin.pretrain.network import ObjectiveConfig
-from eosin.pretrain.rate import LAPS, RankTime, Rate, batch_flops, slow_ranks
+from eosin.pretrain.rate import (
+    LAPS,
+    RankTime,
+    Rate,
+    batch_flops,
+    flops_counter,
+    slow_ranks,
+)
 from eosin.pretrain.vit import VitConfig
 
 CPU = torch.device("cpu")
@@ -55,7 +62,7 @@ class Clock:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_lap_counts_tiles_waiting_and_memory(ranks: int) -> None:
     clock = Clock()
-    rate = Rate(CONFIG, CPU, torch.float32, World(size=ranks), clock)
+    rate = Rate(flops_counter(CONFIG), CPU, torch.float32, World(size=ranks), clock)
 
     def slowly() -> Iterator[Batch]:
         for step in range(6):
@@ -71,7 +78,7 @@ def test_a_lap_counts_tiles_waiting_and_memory(ranks: int) -> None:
         if step % 3 == 2:
             laps.append(rate.lap())
     for lap in laps:
-        assert lap.tiles_per_s == pytest.approx(ranks * 3 * 4 / 6)
+        assert lap.samples_per_s == pytest.approx(ranks * 3 * 4 / 6)
         assert lap.data_wait == pytest.approx(0.25)
         assert 0.05 < lap.memory_gib < 20
         assert lap.mfu is None and "mfu" not in lap.values()
@@ -81,7 +88,7 @@ def test_a_lap_counts_tiles_waiting_and_memory(ranks: int) -> None:
 def test_mfu_is_the_models_operations_over_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eosin.pretrain.rate.known_peak", lambda *_: 1e9)
     clock = Clock()
-    rate = Rate(CONFIG, CPU, torch.bfloat16, World(), clock)
+    rate = Rate(flops_counter(CONFIG), CPU, torch.bfloat16, World(), clock)
     for _ in rate.waiting([batch(9), batch(10)]):  # without and with the Gram term
         clock.now += 0.25
     shape = {"batch": 4, "global_px": 32, "local_px": 16, "n_local": 2, "masked": 24}
@@ -167,7 +174,7 @@ def test_two_ranks_find_the_same_slow_one_and_name_it_once(tmp_path: Path) -> No
 
 def be_a_rank(out: Path) -> None:
     with join_world(CPU, 60) as world:
-        rate, laps = Rate(CONFIG, CPU, torch.float32, world), []
+        rate, laps = Rate(flops_counter(CONFIG), CPU, torch.float32, world), []
         for step, _ in enumerate(rate.waiting(batch(step) for step in range(2 * (LAPS + 1)))):
             rate.start()
             time.sleep(0.02 + 0.06 * world.rank)

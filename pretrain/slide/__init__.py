@@ -1,0 +1,1 @@
+"""Slide encoders: the trainer on sets of tile features."""
