@@ -132,7 +132,8 @@ class _Short(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """Rows of [T, H, C], fp32 [b, H, n, C]."""
-        return x.index_select(0, self.rows).unflatten(0, self.shape).transpose(1, 2).float()
+        taken: Tensor = x.index_select(0, self.rows).unflatten(0, self.shape)
+        return taken.transpose(1, 2).float()
 
     def put(self, out: Tensor, x: Tensor) -> None:
         """Writes [b, H, n, C] to the rows of [T, H, C] that are tokens."""
@@ -153,7 +154,8 @@ class _Short(NamedTuple):
             section = places.section.index_select(0, self.rows).unflatten(0, self.shape)
             apart = apart | (both & (section[:, :, None] != section[:, None]))
         # not -inf, which a query that is none would make NaN of
-        return scores.masked_fill_(apart[:, None], -1e30).softmax(dim=3)
+        found: Tensor = scores.masked_fill_(apart[:, None], -1e30).softmax(dim=3)
+        return found
 
 
 def _blocks(start: int, stop: int, side: int) -> list[slice]:

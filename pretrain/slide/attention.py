@@ -28,7 +28,8 @@ def alibi_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor
 def section_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Attention within one piece of tissue, whatever the distance; [T, H, C] each."""
     assert packing.places is not None
-    return distance_attention(q, k, v, q.new_zeros(q.shape[1], dtype=torch.float32), packing.places)
+    flat = q.new_zeros(q.shape[1], dtype=torch.float32)
+    return distance_attention(q, k, v, flat, packing.places)
 
 
 def kernel_of(position: PositionName, block: int, kernel: AttentionFn) -> AttentionFn:
@@ -55,8 +56,9 @@ def tile_turns(position: Tensor, channels: int, base: float) -> Tensor:
     """Cosines and sines of tokens at places on a slide, fp32 [T, C].
 
     Half of the pairs of channels turn with the first axis, half with the second, by angles of
-    base^(-4 i / C) a tile (Su et al. 2021, arXiv 2104.09864, for each axis): attention then depends
-    on differences of places, whatever the size of the slide. Tokens without a place are at 0.
+    base^(-4 i / C) a tile (Su et al. 2021, arXiv 2104.09864, for each axis): attention between
+    tiles depends on differences of places, whatever the size of the slide. Tokens without a place
+    are at 0, the middle of the view.
 
     Args:
         position: in tiles, [T, 2].

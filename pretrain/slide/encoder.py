@@ -43,8 +43,9 @@ class SlideModelConfig:
     ffn: Literal["gelu", "swiglu"] = "gelu"
     registers: int = 4
     """Register tokens a slide."""
-    layer_scale: float = 1e-5
-    """Initial LayerScale."""
+    layer_scale: float = 1.0
+    """Initial LayerScale, of the blocks and of a case transformer's; slide encoders are shallow and
+    trained for few steps, and 1e-5 as in tile encoders keeps them where they start."""
     drop_path: float = 0.0
     """Share of samples that skip each residual branch in training."""
     adapter: Literal["linear", "gelu", "mlp"] = "gelu"
@@ -189,7 +190,8 @@ class SlideEncoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-                module.bias.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, LayerScale):

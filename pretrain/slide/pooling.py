@@ -39,7 +39,7 @@ class GatedPool(nn.Module):
         super().__init__()
         self.heads = heads
         self.gate = nn.Linear(width, 2 * width)
-        self.score = nn.Linear(width, heads)
+        self.score = nn.Linear(width, heads, bias=False)  # a softmax does not see a bias
         self.out = nn.Linear(width, width)
 
     def forward(self, tiles: Tensor, segment: Tensor, count: int) -> Pooled:
@@ -60,7 +60,7 @@ class LatentPool(nn.Module):
         self.heads = heads
         self.latents = nn.Parameter(torch.empty(latents, width))
         self.norm = nn.LayerNorm(width)
-        self.query, self.keys = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.query, self.keys = nn.Linear(width, width), nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width)
 
     def forward(self, tiles: Tensor, lengths: tuple[int, ...]) -> Pooled:

@@ -17,7 +17,7 @@ from eosin.pretrain.distance_attention import (
 )
 
 HEADS, CHANNELS = 4, 8
-SIZES = (1, 700, 1500, 3)
+SIZES = (1, 700, 31, 30, 28, 1500, 3, 31)
 
 
 def tokens_of(
