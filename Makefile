@@ -31,13 +31,14 @@ test-all: test  ## the tests and the long campaigns; GPU tests where there is on
 	$(THREADS) $(BIN)/pytest -q -n 2 -m "slow or gpu" --ignore=tests/slurm
 	$(THREADS) $(BIN)/pytest -q -m slow tests/slurm
 
-gpu: setup  ## on a GPU: its tests, then the benches of data path, layouts, and S, B and L/14 with and without shards, into runs/bench_*.json
+gpu: setup  ## on a GPU: its tests, then the benches of data path, slides, layouts, and S, B and L/14 with and without shards, into runs/bench_*.json
 	$(BIN)/pytest -q -m gpu
 	mkdir -p runs
 	$(BIN)/eosin bench data --json runs/bench_data.json
 	$(BIN)/eosin bench step --config bench/step_gpu batch_size=128 shards=made-up --json runs/bench_small.json
 	$(BIN)/eosin bench step --config bench/step_gpu --config size/base batch_size=128 model.drop_path=0.2 shards=made-up --json runs/bench_base.json
 	$(BIN)/eosin bench step --config bench/step_gpu --config size/large model.drop_path=0.3 shards=made-up --json runs/bench_large.json
+	$(BIN)/eosin bench slides batch_size=64 steps_per_repeat=5 --json runs/bench_slides.json
 	$(BIN)/eosin bench layouts --config bench/step_gpu --config size/large model.drop_path=0.3 --json runs/bench_layouts.json
 
 scale: setup  ## 100 million made-up records and tiles: time and memory to open an index and order it, and to draw a sample

@@ -404,6 +404,14 @@ VERBS: dict[str, Verb] = {
         "eosin bench probes --json probes.json",
         options=("json",),
     ),
+    "bench slides": Verb(
+        "eosin.launch.bench_slides",
+        "BenchSlidesConfig",
+        "bench_slides",
+        "a step of slide self-distillation, against padded grids with a dense distance bias",
+        "eosin bench slides --json slides.json",
+        options=("json",),
+    ),
     "bench masks": Verb(
         "eosin.launch.bench_masks",
         "BenchMasksConfig",
