@@ -110,6 +110,19 @@ class BagStore:
         self.tile_um = float(np.median(footprint * level0))
         """Side of a tile."""
 
+    def __contains__(self, slide_id: object) -> bool:
+        """Whether it holds the slide."""
+        return slide_id in self._places
+
+    def owner(self, slide_id: str) -> tuple[str, str | None]:
+        """Group and stain of a slide.
+
+        Raises:
+            InputError: no such slide.
+        """
+        at = self._at(slide_id)
+        return self.groups[at], self.stains[at]
+
     @property
     def dim(self) -> int:
         """D."""

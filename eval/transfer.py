@@ -3,7 +3,9 @@
 A matrix, source by target. Off its diagonal every slide of the target is test, and nothing of the
 target is seen before; on it stand nested folds within the cohort. A column shares its test slides,
 so what a head loses by coming from elsewhere is a paired difference. Mean pooling stands beside the
-head everywhere. Legend: S slides, J inner folds.
+head everywhere. With ``routed`` a last row is of a small mixture of all other cohorts' heads, which
+stay as they are (`heads.routed`), fitted and asked in nested folds of the target. Legend: S slides,
+J inner folds.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +27,9 @@ from eosin.eval.bags import SlideTask, load_slides, read_bags
 from eosin.eval.cross_validation import classify
 from eosin.eval.folds import draw_folds
 from eosin.eval.heads.aims import Classes
-from eosin.eval.heads.registry import HEADS, choose_heads
+from eosin.eval.heads.recipe import Recipe
+from eosin.eval.heads.registry import HEADS, HeadProtocol, choose_heads
+from eosin.eval.heads.routed import Routed, frozen_bag
 from eosin.eval.heads.training import Bag, Fitted, Member, fit_members
 from eosin.eval.intervals import few_groups_note
 from eosin.eval.listing import read_table
@@ -39,6 +43,7 @@ from eosin.launch.process import choose_device
 
 FLOOR = "mean@1"
 METRIC = "auroc"
+ROUTED = "all others, routed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,8 @@ class TransferConfig:
     """Outer folds within a cohort, for the diagonal."""
     inner_folds: int = 4
     """Of a source: each is once what training is stopped by."""
+    routed: bool = False
+    """A mixture of the other cohorts' frozen heads beside each target's own."""
     seed: int = 0
     device: DeviceName = "auto"
     n_bootstrap: int = 1000
@@ -125,6 +132,12 @@ def evaluate_transfer(config: TransferConfig) -> None:
                 HEADS[head], own, labels, len(task.classes), folds, config.seed, device,
                 f"{head} within {target}",
             )  # fmt: skip
+            if config.routed:
+                others = [of for name, own in sources.items() if name != target for of in own]
+                outcomes[ROUTED], _ = classify(
+                    _mixture(own, others), [frozen_bag(bag, others) for bag in own], labels,
+                    len(task.classes), folds, config.seed, device, f"{head} routed to {target}",
+                )  # fmt: skip
             scored = {
                 source: _metric(score(source, head, outcome, draws))
                 for source, outcome in outcomes.items()
@@ -139,9 +152,20 @@ def evaluate_transfer(config: TransferConfig) -> None:
     write_json(config.out / "transfer.json", _record(config, task, names, cohorts, cells))
     for head in config.chosen:
         path = config.out / f"transfer_{head.replace('/', '_').replace('@', '_')}.png"
-        draw_matrix(path, names, [cell for cell in cells if cell.head == head], head)
-        console.print(_table(names, [cell for cell in cells if cell.head == head], head))
+        shown = [*names, ROUTED] if config.routed else names
+        draw_matrix(path, shown, names, [cell for cell in cells if cell.head == head], head)
+        console.print(_table(shown, names, [cell for cell in cells if cell.head == head], head))
     console.print(f"results: {config.out / 'transfer.json'}", highlight=False, soft_wrap=True)
+
+
+def _mixture(bags: list[Bag], heads: list[Fitted]) -> HeadProtocol:
+    """The mixture of frozen heads as a head of its own."""
+    width, dim = len(heads[0].embedding(bags[0])), bags[0].features.shape[1]
+    return HeadProtocol(
+        make=lambda _, n_outputs: Routed(width + dim, n_outputs, len(heads), width),
+        what=f"{len(heads)} frozen heads of other cohorts, routed by the slide's mean",
+        recipe=Recipe(rate=5e-4),
+    )
 
 
 def _load(config: TransferConfig) -> tuple[SlideTask, npt.NDArray[np.str_]]:
@@ -253,15 +277,16 @@ def _record(
     }  # fmt: skip
 
 
-def draw_matrix(path: Path, names: list[str], cells: list[Cell], head: str) -> None:
+def draw_matrix(
+    path: Path, sources: list[str], names: list[str], cells: list[Cell], head: str
+) -> None:
     """Draws a head's matrix: AUROC with its interval, source by target."""
-    side = 190 * len(names)
-    with drawing(path, side + 420, side + 260) as figure:
+    with drawing(path, 190 * len(names) + 420, 190 * len(sources) + 260) as figure:
         figure.set_layout_engine("constrained")
         axes = figure.subplots()
-        values = np.full((len(names), len(names)), np.nan)
+        values = np.full((len(sources), len(names)), np.nan)
         for cell in cells:
-            row, column = names.index(cell.source), names.index(cell.target)
+            row, column = sources.index(cell.source), names.index(cell.target)
             values[row, column] = cell.value
             ink = "white" if cell.value > 0.8 else INK
             text = f"{cell.value:.3f}\n[{cell.low:.3f}, {cell.high:.3f}]"
@@ -270,20 +295,20 @@ def draw_matrix(path: Path, names: list[str], cells: list[Cell], head: str) -> N
         axes.imshow(values, cmap=shades, vmin=0.5, vmax=1)
         labels = [shortened(name, 20) for name in names]
         axes.set_xticks(range(len(names)), labels, rotation=30, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), labels)
+        axes.set_yticks(range(len(sources)), [shortened(name, 20) for name in sources])
         axes.tick_params(length=0, labelcolor=INK)
         axes.set(xlabel="asked about", ylabel="learnt on")
         axes.set_title(f"{head}: AUROC; nested folds on the diagonal", loc="left")
         axes.spines[:].set_visible(False)
 
 
-def _table(names: list[str], cells: list[Cell], head: str) -> Table:
+def _table(sources: list[str], names: list[str], cells: list[Cell], head: str) -> Table:
     table = Table(title=f"{head}: AUROC, learnt on a row and asked about a column [95 %]")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
     found = {(cell.source, cell.target): cell for cell in cells}
-    for source in names:
+    for source in sources:
         texts = []
         for target in names:
             cell = found[source, target]

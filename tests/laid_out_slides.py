@@ -1,8 +1,9 @@
 """Drawn slides whose labels are known: how tissues lie, a needle, and how much of one kills.
 
-Level 0 is 16 x 16 squares of 64 px. Two tissues take equal parts of it, in halves or in patches; a
-third, rare one stands in four neighbouring squares of every second slide; a fourth takes a share
-that the hazard follows. The three are drawn independently.
+Level 0 is 16 x 16 squares of 64 px, each cut from a drawn sheet of one tissue, so that a square
+says nothing of its neighbours. Two tissues take equal parts, in halves or in patches; a third, rare
+one stands in four neighbouring squares of every second slide; a fourth takes a share that the
+hazard follows. The three are drawn independently.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from eosin.data_curation.synthetic_section import draw_look, render
 SIDE, TILE_PX, MPP = 16, 64, 0.5
 PLAIN, OTHER, NEEDLE, DEADLY = 1, 2, 3, 4
 """Classes of `synthetic_tissue.PAINTERS`, from 1."""
+SHEETS = 3
+"""Drawn of each."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,11 @@ class LaidOut:
 
 
 def write_laid_out(folder: Path, n: int, seed: int = 0) -> list[LaidOut]:
-    """Writes n slides, and ``slides.csv`` with slide, kind, needle, os_time and os_event."""
+    """Writes n slides, and ``slides.csv`` beside their folder: slide, kind, needle, time, event."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = [_write(folder, at, seed) for at in range(n)]
-    lines = ["slide,kind,needle,os_time,os_event"]
+    sheets = [_squares(value, seed) for value in (PLAIN, OTHER, NEEDLE, DEADLY)]
+    found = [_write(folder, at, sheets, seed) for at in range(n)]
+    lines = ["slide,kind,needle,time,event"]
     lines += [
         f"{s.slide_id},{s.kind},{'yes' if s.needle else 'no'},{s.time:.4f},{int(s.event)}"
         for s in found
@@ -45,7 +49,24 @@ def write_laid_out(folder: Path, n: int, seed: int = 0) -> list[LaidOut]:
     return found
 
 
-def _write(folder: Path, at: int, seed: int) -> LaidOut:
+def _squares(value: int, seed: int) -> np.ndarray:
+    """Squares of one tissue, uint8 [N, 64, 64, 3], all of one staining and scanner."""
+    rng, look = np.random.default_rng([seed, value]), draw_look(np.random.default_rng(seed), "he")
+    cells = SIDE * TILE_PX // TRUTH_DOWNSAMPLE
+    whole, none = np.ones((cells, cells), np.bool_), np.zeros((cells, cells), np.bool_)
+    squares = []
+    for _ in range(SHEETS):
+        layout = Layout(
+            region=np.zeros((cells, cells), np.int32), classes=np.array([value]), tissue=whole,
+            pen=none, blur=none, fold=none,
+        )  # fmt: skip
+        sheet = render(rng, layout, look, MPP)
+        cut = sheet.reshape(SIDE, TILE_PX, SIDE, TILE_PX, 3).swapaxes(1, 2)
+        squares.append(cut.reshape(-1, TILE_PX, TILE_PX, 3))
+    return np.concatenate(squares)
+
+
+def _write(folder: Path, at: int, sheets: list[np.ndarray], seed: int) -> LaidOut:
     rng = np.random.default_rng([seed, at])
     kind, needle = ("halves", "patches")[at % 2], bool(at // 2 % 2)
     share = float(rng.uniform(0.0, 0.3))
@@ -56,18 +77,16 @@ def _write(folder: Path, at: int, seed: int) -> LaidOut:
         classes[y : y + 2, x : x + 2] = NEEDLE
     life = float(rng.exponential(1 / np.exp(14 * share)))
     lost = float(rng.exponential(1.5 / np.exp(2.1)))
-    region = np.kron(classes - 1, np.ones((TILE_PX // TRUTH_DOWNSAMPLE,) * 2, np.int32))
-    none = np.zeros(region.shape, np.bool_)
-    layout = Layout(
-        region=region.astype(np.int32), classes=np.arange(1, 5), tissue=~none, pen=none, blur=none,
-        fold=none,
-    )  # fmt: skip
-    look = draw_look(
-        np.random.default_rng(seed), "he"
-    )  # one for all: no slide is told by its stain
-    image = render(rng, layout, look, MPP)
+    image = np.empty((SIDE, TILE_PX, SIDE, TILE_PX, 3), np.uint8)
+    for (row, column), value in np.ndenumerate(classes):
+        sheet = sheets[value - 1]
+        image[row, :, column] = sheet[rng.integers(len(sheet))]
+    side = SIDE * TILE_PX
     name = f"s{at:03d}"
-    write_pyramid(folder / f"{name}.tiff", image, mpp=MPP, description="drawn", quality=90)
+    write_pyramid(
+        folder / f"{name}.tiff", image.reshape(side, side, 3), mpp=MPP, description="drawn",
+        quality=90,
+    )  # fmt: skip
     return LaidOut(name, kind, needle, share, min(life, lost), life <= lost)
 
 

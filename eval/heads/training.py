@@ -35,7 +35,7 @@ class Bag:
 
     slide_id: str
     tile_ids: Sequence[str]
-    features: npt.NDArray[np.float16]
+    features: npt.NDArray[np.floating]
     """[N, D]"""
     cells: npt.NDArray[np.int64]
     """Column and row of each tile on the slide's grid, [N, 2], from 0."""
@@ -96,6 +96,14 @@ class Fitted:
         verdict: Verdict = self.head(self.seen(packed_bags([bag], self.device)))
         shown = verdict.weights if verdict.tile_outputs is None else verdict.tile_outputs
         return verdict.outputs[0].cpu(), shown.cpu().numpy()
+
+    @torch.no_grad()
+    def embedding(self, bag: Bag) -> npt.NDArray[np.float32]:
+        """What the head makes of a whole bag before its last layer, [W]."""
+        self.head.eval()
+        verdict: Verdict = self.head(self.seen(packed_bags([bag], self.device)))
+        found: npt.NDArray[np.float32] = verdict.embedding[0].cpu().numpy()
+        return found
 
 
 def run_head(

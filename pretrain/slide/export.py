@@ -21,6 +21,7 @@ from eosin.pretrain.slide.opening import (
     WEIGHTS,
     OpenSlideEncoder,
     SourceRecord,
+    digest_of_group,
 )
 from eosin.pretrain.slide.sources import Source
 from eosin.pretrain.tensor_files import save_tensors
@@ -59,7 +60,7 @@ def write_slide_encoder(
             "unit": config.bags.unit,
             "terms": sorted({"distil", "regress", "contrast", "align", "labels"} - _off(config)),
             "data_digest": state.index_digest,
-            "groups": data.sources.groups,
+            "group_digests": sorted(map(digest_of_group, data.sources.groups)),
         },
     }
     with replacing_folder(out, SUMS) as partial:
@@ -143,6 +144,7 @@ said = encoder.encode_slide([BagStore("bags")], "slide-1")  # .vector [{m.width}
 {state.index_digest} |
 | terms | {", ".join(sorted({"distil", "regress", "contrast", "align", "labels"} - _off(config)))} |
 
-`{CONFIG}` lists the groups (patients) that it was trained on: test it on others.
+`{CONFIG}` holds digests of the groups (patients) that it was trained on, by which
+`eosin extract slides` says how many of yours are among them: test it on others.
 `golden/bag.safetensors` holds a drawn bag with its vector and tokens; `{SUMS}` covers every file.
 """

@@ -22,7 +22,12 @@ from eosin.launch.artefacts import file_digest, stamp_of
 from eosin.launch.device_names import DeviceName
 from eosin.launch.process import choose_device
 from eosin.launch.progress import Meter
-from eosin.pretrain.slide.opening import WEIGHTS, SlideVectors, open_slide_encoder
+from eosin.pretrain.slide.opening import (
+    WEIGHTS,
+    SlideVectors,
+    digest_of_group,
+    open_slide_encoder,
+)
 from eosin.pretrain.slide.sources import Unit
 
 FORMAT = 1
@@ -65,6 +70,10 @@ def extract_slides(config: ExtractSlidesConfig) -> None:
     encoder = open_slide_encoder(config.encoder, str(device))
     stores = [BagStore(folder) for folder in config.bags]
     encoder.match(stores)
+    groups = {group for store in stores for group in store.groups}
+    seen = sum(digest_of_group(group) in encoder.trained_on for group in groups)
+    if seen:
+        print(f"note: {seen} of {len(groups)} groups are among those that it was trained on")
     if config.latents and encoder.network.config.pool != "latents":
         raise InputError(f"latents=true, and {config.encoder} has none (pool is not latents)")
     stamp = stamp_of(
@@ -76,7 +85,7 @@ def extract_slides(config: ExtractSlidesConfig) -> None:
     slides = sorted({slide_id for store in stores for slide_id in store.slide_ids})
 
     def encode(slide_id: str) -> SlideVectors:
-        return encoder.encode_slide([s for s in stores if slide_id in s.slide_ids], slide_id)
+        return encoder.encode_slide([s for s in stores if slide_id in s], slide_id)
 
     members = _members(stores, slides, config.unit)
     keys = sorted(members)
@@ -126,9 +135,8 @@ def _members(stores: list[BagStore], slides: list[str], unit: Unit) -> dict[str,
 def _known(stores: list[BagStore], slide_id: str) -> tuple[str, str | None]:
     """Group and stain of a slide."""
     for store in stores:
-        if slide_id in store.slide_ids:
-            at = store.slide_ids.index(slide_id)
-            return store.groups[at], store.stains[at]
+        if slide_id in store:
+            return store.owner(slide_id)
     raise AssertionError(slide_id)
 
 

@@ -69,10 +69,19 @@ class OpenSlideEncoder:
         network: with weights, on its device.
         sources: that it was trained on.
         name: of the folder, for messages.
+        trained_on: groups that it was trained on, as `digest_of_group` has them.
     """
 
-    def __init__(self, network: SlideEncoder, sources: Sequence[SourceRecord], name: str) -> None:
+    def __init__(
+        self,
+        network: SlideEncoder,
+        sources: Sequence[SourceRecord],
+        name: str,
+        trained_on: frozenset[str] = frozenset(),
+    ) -> None:
         self.network, self.sources, self.name = network.eval(), tuple(sources), name
+        self.trained_on = trained_on
+        """`digest_of_group` of each group that it was trained on."""
         self.width = network.config.width
 
     def match(self, stores: Sequence[BagStore]) -> list[int]:
@@ -210,7 +219,13 @@ def open_slide_encoder(folder: str | Path, device: str = "cpu") -> OpenSlideEnco
     with torch.device("meta"):
         network = SlideEncoder(model, shapes, choose_attention("auto", where, torch.float32))
     network.load_state_dict({n: t.to(where) for n, t in tensors.items()}, assign=True)
-    return OpenSlideEncoder(network.requires_grad_(False), sources, path.name)
+    groups = frozenset(config["training"]["group_digests"])
+    return OpenSlideEncoder(network.requires_grad_(False), sources, path.name, groups)
+
+
+def digest_of_group(group: str) -> str:
+    """What stands for a group in the folder, so that no patient is named in it."""
+    return hashlib.sha256(group.encode()).hexdigest()[:16]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -183,10 +183,8 @@ class Sources:
         columns: dict[str, list[str | None]],
     ) -> Slide:
         row = said.get(slide_id, -1)
-        stores = [self.sources[number].store for number in sources]
-        places = [store.slide_ids.index(slide_id) for store in stores]
-        groups = {store.groups[at] for store, at in zip(stores, places, strict=True)}
-        stains = {store.stains[at] for store, at in zip(stores, places, strict=True)} - {None}
+        owners = [self.sources[number].store.owner(slide_id) for number in sources]
+        groups, stains = {group for group, _ in owners}, {stain for _, stain in owners} - {None}
         group, stain = (
             columns[name][row] or None if name in columns else None for name in ("group", "stain")
         )

@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from eosin.eval.transfer import TransferConfig, evaluate_transfer
+from eosin.eval.heads.packed import pack
+from eosin.eval.heads.routed import Routed
+from eosin.eval.transfer import ROUTED, TransferConfig, evaluate_transfer
 from eosin.launch.artefacts import read_json
 from eosin.launch.cli import main
 from tests.eval.test_bags import DIM, Bag, hurry, write_store
@@ -60,6 +63,42 @@ def test_a_matrix_shows_what_carries_over(tmp_path: Path, monkeypatch: pytest.Mo
     assert cells["mean@1", "a", "b"]["value"] == pytest.approx(area, abs=1e-6)
     with Image.open(config.out / "transfer_abmil_gated_2.png") as picture:
         assert picture.size[0] > 500
+
+
+def test_a_routed_mixture_uses_what_others_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the two others one says the opposite: whom to believe is learnt within the target."""
+    hurry(monkeypatch, epochs=6, rate=2e-3, bags_a_step=4)
+    store, labels = write_cohorts(tmp_path, 24)
+    config = TransferConfig(
+        features=store, labels=labels, out=tmp_path / "out", heads=["mean@1"], folds=2,
+        inner_folds=2, device="cpu", n_bootstrap=50, routed=True,
+    )  # fmt: skip
+    evaluate_transfer(config)
+    found = read_json(config.out / "transfer.json")
+    cells = {(c["source"], c["target"]): c["value"] for c in found["cells"]}
+    assert len(cells) == 12
+    assert cells["b", "c"] < 0.1 and all(cells[ROUTED, target] > 0.85 for target in "abc")
+
+
+def test_a_mixture_is_its_sum_written_out() -> None:
+    torch.manual_seed(0)
+    head = Routed(7, 2, heads=8, embedding=4).eval()
+    bags = [torch.randn(8, 4) for _ in range(3)]
+    means = [torch.randn(3) for _ in range(3)]
+    rows = [
+        torch.cat([bag, mean.expand(8, -1)], dim=1) for bag, mean in zip(bags, means, strict=True)
+    ]
+    cells = torch.zeros(8, 2, dtype=torch.int64)
+    verdict = head(pack([(row, cells) for row in rows]))
+    for at, (bag, mean) in enumerate(zip(bags, means, strict=True)):
+        shares = head.router(mean).softmax(dim=0)
+        best = sorted(range(8), key=lambda k: -shares[k].item())[:5]
+        mixed = sum(shares[k] * torch.relu(head.experts[k](bag[k])) for k in best)
+        torch.testing.assert_close(verdict.outputs[at], head.classify(mixed))
+        own = verdict.weights[8 * at : 8 * at + 8]
+        assert own.sum().item() == pytest.approx(1, abs=1e-5) and (own > 0).sum() == 5
 
 
 def test_cohorts_that_are_none_are_one_line(

@@ -17,7 +17,7 @@ from eosin.data_curation.features import open_features
 from eosin.launch.cli import main
 from eosin.pretrain.slide.config import SlideConfig
 from eosin.pretrain.slide.extract import ExtractSlidesConfig, extract_slides
-from eosin.pretrain.slide.opening import open_slide_encoder
+from eosin.pretrain.slide.opening import digest_of_group, open_slide_encoder
 from eosin.pretrain.slide.train import pretrain_slides
 
 
@@ -78,7 +78,9 @@ def test_the_folder_says_what_it_learnt_from(folder: Path) -> None:
     assert [s["encoder_digest"] for s in config["sources"]] == [
         "digest of made-up", "digest of other"
     ]  # fmt: skip
-    assert config["training"]["groups"] == ["p0", "p1", "p2", "p3"]
+    digests = sorted(digest_of_group(f"p{at}") for at in range(4))
+    assert config["training"]["group_digests"] == digests
+    assert '"p1"' not in (folder / "run/encoder/config.json").read_text()
     assert "eosin extract slides" in (folder / "run/encoder/README.md").read_text()
 
 
@@ -138,13 +140,16 @@ def test_vectors_tokens_and_latents_of_all_slides(folder: Path, tmp_path: Path) 
     assert (out / "features.npy").stat().st_mtime_ns == before
 
 
-def test_cases_have_one_vector(folder: Path, tmp_path: Path) -> None:
+def test_cases_have_one_vector(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     extract_slides(
         ExtractSlidesConfig(
             encoder=folder / "run/encoder", bags=[folder / "a"], out=tmp_path, unit="group"
         )
     )
     store, encoder = open_features(tmp_path), open_slide_encoder(folder / "run/encoder")
+    assert "note: 4 of 4 groups are among those" in capsys.readouterr().out
     assert store.rows["slide_id"].to_pylist() == ["p0", "p1", "p2", "p3"]
     own = [encoder.encode_slide([BagStore(folder / "a")], s).vector for s in ("s000", "s001")]
     np.testing.assert_allclose(store.features[0], encoder.encode_case(own), rtol=1e-2, atol=1e-3)
