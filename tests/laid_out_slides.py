@@ -35,11 +35,18 @@ class LaidOut:
     event: bool
 
 
-def write_laid_out(folder: Path, n: int, seed: int = 0) -> list[LaidOut]:
-    """Writes n slides, and ``slides.csv`` beside their folder: slide, kind, needle, time, event."""
+def write_laid_out(folder: Path, n: int, seed: int = 0, needle_side: int = 2) -> list[LaidOut]:
+    """Writes n slides, and ``slides.csv`` beside their folder: slide, kind, needle, time, event.
+
+    Args:
+        folder: of the slides.
+        n: how many.
+        seed: of all that is drawn.
+        needle_side: of the rare tissue, in squares.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sheets = [_squares(value, seed) for value in (PLAIN, OTHER, NEEDLE, DEADLY)]
-    found = [_write(folder, at, sheets, seed) for at in range(n)]
+    found = [_write(folder, at, sheets, seed, needle_side) for at in range(n)]
     lines = ["slide,kind,needle,time,event"]
     lines += [
         f"{s.slide_id},{s.kind},{'yes' if s.needle else 'no'},{s.time:.4f},{int(s.event)}"
@@ -66,15 +73,15 @@ def _squares(value: int, seed: int) -> np.ndarray:
     return np.concatenate(squares)
 
 
-def _write(folder: Path, at: int, sheets: list[np.ndarray], seed: int) -> LaidOut:
+def _write(folder: Path, at: int, sheets: list[np.ndarray], seed: int, needle_side: int) -> LaidOut:
     rng = np.random.default_rng([seed, at])
     kind, needle = ("halves", "patches")[at % 2], bool(at // 2 % 2)
     share = float(rng.uniform(0.0, 0.3))
     classes = np.where(tissue_map(kind, SIDE, rng) == 1, OTHER, PLAIN)
     _put(classes, DEADLY, round(share * SIDE**2), rng)
     if needle:
-        x, y = rng.integers(1, SIDE - 2, 2)
-        classes[y : y + 2, x : x + 2] = NEEDLE
+        x, y = rng.integers(1, SIDE - needle_side, 2)
+        classes[y : y + needle_side, x : x + needle_side] = NEEDLE
     life = float(rng.exponential(1 / np.exp(14 * share)))
     lost = float(rng.exponential(1.5 / np.exp(2.1)))
     image = np.empty((SIDE, TILE_PX, SIDE, TILE_PX, 3), np.uint8)

@@ -1,17 +1,18 @@
-"""MHIM-MIL with recycling, ``mhim/v2@2`` (Tang et al. 2023 and 2025), from the papers.
+"""MHIM-MIL with recycling, ``mhim/v2@1`` (Tang et al. 2023 and 2025), from the papers.
 
-A gated attention head is the student, its moving average (momentum up to 0.9997) the teacher. The
-teacher sees the whole bag and says which tiles are easiest: its class-aware score of a tile is the
-largest probability of a class for that tile's part of the bag, ``softmax(W (a_i h_i) + b)``. The
-student learns without the easiest 3 %; of the rest it sees a random 90 %, and the others condensed
-by cross-attention (8 heads) into 5 further tokens, whose queries are a moving average (up to
-0.9999) of what comes out. It is held against the teacher's embedding too (softmax at 0.1, weight
-0.5). At test the teacher sees the whole bag.
+A gated attention head is the student, its moving average (momentum 0.9997) the teacher. The teacher
+sees the whole bag and says which tiles are easiest: its class-aware score of a tile is the largest
+probability of a class for that tile's part of the bag, ``softmax(W (a_i h_i) + b)``. The student
+learns without the easiest 3 %; of the rest it sees a random 90 %, and the others condensed by
+cross-attention (8 heads) into 5 further tokens, whose queries are a moving average (0.9999) of what
+comes out. It is held against the teacher's embedding too (softmax at 0.1, weight 0.5). At test the
+teacher sees the whole bag.
 
-Not the papers': the teacher starts as the student, not as a head trained before, so its momentum
-rises from 0.1, (1 + t) / (10 + t) after t steps: at 0.9997 from the start it would still be mostly
-what was drawn when a few hundred bags have been seen fifty times. It is in eval mode (theirs adds
-dropout's noise to its scores and targets). Masks are tensors, where theirs are sets of
+What is told by fewer tiles than the hidden 3 % is hidden from the student once the teacher knows
+it.
+
+Not the papers': the teacher starts as the student, not as a head trained before; it is in eval mode
+(theirs adds dropout's noise to its scores and targets). Masks are tensors, where theirs are sets of
 numbers on the host. Legend as in `head`; K tokens.
 """
 
@@ -79,7 +80,6 @@ class Mhim(Head):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.recycler = Recycler()
         self.draws = Drawing()
-        self._steps = 0
         self._condensed: Tensor | None = None
 
     def forward(self, packed: Packed) -> Verdict:
@@ -107,13 +107,11 @@ class Mhim(Head):
     @torch.no_grad()
     def after_step(self) -> None:
         """Teacher and queries follow."""
-        early = (1 + self._steps) / (10 + self._steps)
-        self._steps += 1
         pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
         for average, value in pairs:
-            average.lerp_(value, 1 - min(TEACHER, early))
+            average.lerp_(value, 1 - TEACHER)
         if self._condensed is not None:
-            self.recycler.queries.lerp_(self._condensed, 1 - min(QUERY_AVERAGE, early))
+            self.recycler.queries.lerp_(self._condensed, 1 - QUERY_AVERAGE)
 
     def _class_aware(self, packed: Packed, told: Verdict) -> Tensor:
         """How sure the teacher is of some class by each tile alone, [T]."""

@@ -60,7 +60,7 @@ HEADS: dict[str, HeadProtocol] = {
         what="two blocks (128, 4 heads) of attention that falls with distance",
         recipe=Recipe(rate=5e-4),
     ),
-    "mhim/v2@2": HeadProtocol(
+    "mhim/v2@1": HeadProtocol(
         make=Mhim, what="gated attention taught by its average on bags without their easiest 3 %"
     ),
     "packmil@1": HeadProtocol(

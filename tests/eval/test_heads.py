@@ -144,7 +144,7 @@ def test_a_packed_batch_is_its_bags_one_by_one(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in HEADS if n not in SQUARE and n != "mhim/v2@2"])
+@pytest.mark.parametrize("name", [n for n in HEADS if n not in SQUARE and n != "mhim/v2@1"])
 def test_a_bag_of_a_hundred_thousand_stands_beside_one_of_one(name: str) -> None:
     head, bags = made(name).eval(), bags_of((1, 7, 500, 100_000))
     targets = torch.tensor([0, 2, 1, 2])
@@ -200,7 +200,7 @@ def haystack_bags(n: int, seed: int) -> tuple[list[Bag], npt.NDArray[np.int64]]:
     return bags, labels
 
 
-@pytest.mark.parametrize("name", ["abmil/gated@2", "mhim/v2@2", "packmil@1", "clam/sb@1"])
+@pytest.mark.parametrize("name", ["abmil/gated@2", "mhim/v2@1", "packmil@1", "clam/sb@1"])
 def test_many_heads_in_one_pass_are_each_as_it_is_alone(name: str) -> None:
     bags, labels = haystack_bags(24, 0)
     rows = np.arange(24)
@@ -382,7 +382,7 @@ def test_clams_instances_are_the_extremes_of_each_bag() -> None:
 
 
 def test_mhim_hides_the_easiest_and_parts_the_rest() -> None:
-    head, packed = made("mhim/v2@2"), pack(bags_of((200, 1, 2, 57)))
+    head, packed = made("mhim/v2@1"), pack(bags_of((200, 1, 2, 57)))
     assert isinstance(head, Mhim)
     told = head.teacher.eval()(packed)
     easy = head._class_aware(packed, told)
@@ -404,23 +404,12 @@ def test_mhim_hides_the_easiest_and_parts_the_rest() -> None:
     with torch.no_grad():
         for p in head.student.parameters():
             p += 1
-    head.after_step()  # the first: closely
-    for old, new, student in zip(
-        before, head.teacher.parameters(), head.student.parameters(), strict=True
-    ):
-        torch.testing.assert_close(new, 0.1 * old + 0.9 * student)
-    assert head._condensed is not None
-    torch.testing.assert_close(head.recycler.queries, 0.1 * queries + 0.9 * head._condensed)
-    head._steps = 10**6
-    before, queries = [p.clone() for p in head.teacher.parameters()], head.recycler.queries.clone()
-    with torch.no_grad():
-        for p in head.student.parameters():
-            p += 1
-    head.after_step()  # a late one: by the paper's momentum
+    head.after_step()
     for old, new, student in zip(
         before, head.teacher.parameters(), head.student.parameters(), strict=True
     ):
         torch.testing.assert_close(new, 0.9997 * old + 0.0003 * student)
+    assert head._condensed is not None
     torch.testing.assert_close(head.recycler.queries, 0.9999 * queries + 0.0001 * head._condensed)
 
 
@@ -512,7 +501,7 @@ def splits_of(n: int) -> Iterator[tuple[list[Bag], npt.NDArray[np.int64]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["abmil/gated@2", "mhim/v2@2", "packmil@1"])
+@pytest.mark.parametrize("name", ["abmil/gated@2", "mhim/v2@1", "packmil@1"])
 def test_needles_are_found(name: str) -> None:
     """Three tiles of up to eighty along one direction."""
     (train, train_labels), (val, val_labels), (test, labels) = splits_of(120)
