@@ -43,6 +43,7 @@ def write_slides(
     encoder: str = "made-up",
     scale: int = 1,
     missing: float = 0.1,
+    apart: float = 0.0,
 ) -> BagStore:
     """One slide a kind of `tissue_map`, each tile its tissue's centre and noise.
 
@@ -58,6 +59,7 @@ def write_slides(
         encoder: its name; another name has other centres.
         scale: tiles are so many times as large: one tile of a square of cells (its upper left).
         missing: share of cells without a tile.
+        apart: spread of what all tiles of a slide share.
     """
     centres = np.random.default_rng(abs(hash_of(encoder))).standard_normal((2, dim))
     bags = []
@@ -69,7 +71,8 @@ def write_slides(
         own = np.random.default_rng([seed, at, abs(hash_of(encoder)), scale])
         rows, columns = np.nonzero(there[::scale, ::scale])
         kind_of = tissue[rows * scale, columns * scale]
-        features = centres[kind_of] + noise * own.standard_normal((len(rows), dim))
+        shared = apart * np.random.default_rng([seed, at, 7]).standard_normal(dim)
+        features = centres[kind_of] + shared + noise * own.standard_normal((len(rows), dim))
         corner = np.column_stack([columns, rows]) * 224.0 * scale
         bags.append(
             SlideBag(

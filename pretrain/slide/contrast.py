@@ -62,14 +62,3 @@ def contrast(
         of_query = -(F.logsigmoid(sign * (logits + bias)) * counts).sum(dim=1)
     total = there.sum().clamp(min=1)
     return (of_query * known).sum() * ranks / total
-
-
-def retrieval_share(queries: Tensor, keys: Tensor) -> Tensor:
-    """Share of queries [b, W] whose nearest key is their own, [].
-
-    Args:
-        queries: unit length.
-        keys: of the same samples.
-    """
-    own = torch.arange(len(queries), device=queries.device)
-    return ((queries @ keys.T).argmax(dim=1) == own).float().mean()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eosin.pretrain.slide.contrast import contrast, retrieval_share
+from eosin.pretrain.slide.contrast import contrast
 
 B, W = 12, 5
 
@@ -126,9 +126,3 @@ def test_nothing_known_is_nothing_lost() -> None:
     value = contrast(queries, keys, known, groups, torch.tensor(3.0), lambda x: x)
     value.backward()
     assert value == 0 and queries.grad.abs().max() == 0
-
-
-def test_retrieval() -> None:
-    queries, _, _, _ = case(4)
-    assert retrieval_share(queries, queries) == 1
-    assert retrieval_share(queries, queries.roll(1, 0)) < 0.5
