@@ -4,8 +4,8 @@ What differs between trainings is handed in (`Course`): how batches come, what a
 who scores the encoder meanwhile.
 """
 
-from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from eosin.configs.errors import EosinError, InterruptedRunError
+from eosin.launch.host_memory import keep_freed_memory
 from eosin.launch.preflight import preflight
-from eosin.launch.process import device_name
+from eosin.launch.process import World, choose_device, device_name, join_world, usable_cores
 from eosin.launch.run_dir import record_run
 from eosin.launch.signals import StopRequests
 from eosin.launch.status import Status
 from eosin.launch.watchdog import Watchdog
 from eosin.pretrain.checkpoint import TrainState
+from eosin.pretrain.endings import telling_why
 from eosin.pretrain.journal import Journal
 from eosin.pretrain.optim import (
     clip_gradients,
@@ -34,6 +36,10 @@ from eosin.pretrain.run_checkpoints import Checkpoints
 from eosin.pretrain.spike import LossSpikeError
 from eosin.pretrain.step_guard import StepGuard
 from eosin.pretrain.trained import Trained
+from eosin.pretrain.trainer_config import TrainerConfig
+
+JOIN = 2
+"""Times `timeout_s` after which a collective gives up: the watchdog, with more to say, is first."""
 
 Probe: TypeAlias = Callable[[TrainState], None]
 """Scores the encoder after the steps of a state, before their checkpoint is written."""
@@ -62,6 +68,25 @@ class Course:
     """Of the data."""
     mpp: float | None
     """Scale of it."""
+
+
+@contextmanager
+def running(config: TrainerConfig) -> Iterator[tuple[torch.device, World, StopRequests]]:
+    """What a run stands in: its threads, its device, its ranks; why it ended is told.
+
+    Raises:
+        ConfigError: the device is not there, or the ranks cannot meet.
+    """
+    torch.set_num_threads(config.threads or usable_cores())
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with (
+        StopRequests() as stops,
+        join_world(device, JOIN * config.timeout_s) as world,
+        telling_why(config, world),
+    ):
+        yield device, world, stops
 
 
 def run_course(t: Trained, course: Course, stops: StopRequests) -> tuple[TrainState, Status]:

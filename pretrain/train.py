@@ -11,14 +11,7 @@ import torch
 
 from eosin.data_curation.shard_reader import ShardReader
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
-from eosin.launch.host_memory import keep_freed_memory
-from eosin.launch.process import (
-    World,
-    choose_device,
-    choose_precision,
-    join_world,
-    usable_cores,
-)
+from eosin.launch.process import World, choose_precision
 from eosin.launch.signals import StopRequests
 from eosin.pretrain.batch import Batch, Inputs
 from eosin.pretrain.checkpoint import TrainState
@@ -26,22 +19,18 @@ from eosin.pretrain.config import PretrainConfig
 from eosin.pretrain.distill import Losses
 from eosin.pretrain.dry_run import mixture_lines
 from eosin.pretrain.dry_run import plan as plan
-from eosin.pretrain.endings import telling_why
 from eosin.pretrain.export import CHECKSUMS, card_at, write_encoder
 from eosin.pretrain.gradients import take_gradients
 from eosin.pretrain.gram import gram_refresh_due
 from eosin.pretrain.live_probe import StartProbe
 from eosin.pretrain.loader import batches, open_shards
 from eosin.pretrain.local_part import whole_state
-from eosin.pretrain.loop import Course, Probe, run_course
+from eosin.pretrain.loop import Course, Probe, run_course, running
 from eosin.pretrain.rates import Rates
 from eosin.pretrain.resume import refuse_changes
 from eosin.pretrain.setup import set_up
 from eosin.pretrain.steps import Steps
 from eosin.pretrain.targets import Outputs
-
-JOIN = 2
-"""Times `timeout_s` after which a collective gives up: the watchdog, with more to say, is first."""
 
 
 def pretrain(config: PretrainConfig, start_probe: StartProbe | None = None) -> None:
@@ -63,15 +52,7 @@ def pretrain(config: PretrainConfig, start_probe: StartProbe | None = None) -> N
         preview(reader, config.batch_plan, config.out / "preview.png")
         print(f"first tiles and crops → {config.out / 'preview.png'}")
         return
-    torch.set_num_threads(config.threads or usable_cores())
-    device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with (
-        StopRequests() as stops,
-        join_world(device, JOIN * config.timeout_s) as world,
-        telling_why(config, world),
-    ):
+    with running(config) as (device, world, stops):
         run(config, reader, device, world, stops, start_probe)
 
 

@@ -6,23 +6,15 @@ from dataclasses import replace
 import torch
 
 from eosin.launch.artefacts import is_done, mark_done, stamp_of
-from eosin.launch.host_memory import keep_freed_memory
-from eosin.launch.process import (
-    World,
-    choose_device,
-    choose_precision,
-    join_world,
-    usable_cores,
-)
+from eosin.launch.process import World, choose_precision
 from eosin.launch.signals import StopRequests
 from eosin.pretrain.checkpoint import TrainState
 from eosin.pretrain.distill import StepRates
 from eosin.pretrain.drop_path import DropPath
 from eosin.pretrain.dry_run import mixture_lines
-from eosin.pretrain.endings import telling_why
 from eosin.pretrain.loader import serve
 from eosin.pretrain.local_part import whole_state
-from eosin.pretrain.loop import Course, run_course
+from eosin.pretrain.loop import Course, run_course, running
 from eosin.pretrain.rates import Rates
 from eosin.pretrain.resume import refuse_changes
 from eosin.pretrain.slide.asked import asked_of
@@ -35,7 +27,6 @@ from eosin.pretrain.slide.opening import SUMS
 from eosin.pretrain.slide.setup import SlideTraining, set_up
 from eosin.pretrain.slide.steps import SlideSteps
 from eosin.pretrain.targets import Outputs
-from eosin.pretrain.train import JOIN
 from eosin.pretrain.upload import upload
 
 
@@ -48,15 +39,7 @@ def pretrain_slides(config: SlideConfig) -> None:
         InterruptedRunError: a signal, or a rank that was lost; the same command goes on.
     """
     data = open_data(config)
-    torch.set_num_threads(config.threads or usable_cores())
-    device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with (
-        StopRequests() as stops,
-        join_world(device, JOIN * config.timeout_s) as world,
-        telling_why(config, world),
-    ):
+    with running(config) as (device, world, stops):
         run(config, data, device, world, stops)
 
 
