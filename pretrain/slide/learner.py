@@ -243,8 +243,7 @@ class SlideLearner(WatchedPair):
         """Every global view against every other one's keys, mean over pairs."""
         o, size, n_global = self.objective.contrast, len(batch.rows), batch.n_global
         assert o is not None and student.projected is not None
-        by_average = o.teacher and told is not None
-        keys = told.projected if by_average and told is not None else student.projected
+        keys = told.projected if o.teacher and told is not None else student.projected
         assert keys is not None
         queries = student.projected[: n_global * size].unflatten(0, (n_global, size))
         keys = keys[: n_global * size].unflatten(0, (n_global, size))
